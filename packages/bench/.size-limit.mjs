@@ -1,0 +1,3 @@
+import { limits } from "../../tools/size-limit.mjs";
+
+export default limits();

@@ -1,0 +1,373 @@
+// The figures of the report: results in, SVG out. Colours are CSS variables of the page, so that one SVG serves light and dark;
+// routers differ by dash and marker as well as by colour, and heat maps print their numbers.
+import * as Plot from "@observablehq/plot";
+import { parseHTML } from "linkedom";
+import type { CheckpointRecord, LayerRouting, Results, RunResult } from "./results.ts";
+
+/** How a router is drawn. */
+export interface Style {
+  readonly colour: string;
+  readonly dash: string;
+  readonly symbol: "circle" | "square" | "triangle" | "diamond" | "star" | "times";
+}
+
+const symbols = ["circle", "square", "triangle", "diamond", "star", "times"] as const;
+const dashes = ["none", "7 3", "2 3", "10 3 2 3", "4 2", "1 2"] as const;
+
+export function styleOf(index: number): Style {
+  return {
+    colour: `var(--series-${(index % 6) + 1})`,
+    dash: dashes[index % dashes.length] ?? "none",
+    symbol: symbols[index % symbols.length] ?? "circle",
+  };
+}
+
+/** Figures are drawn twice, for a page and for a phone; the style sheet shows the one that fits. */
+const widths = { wide: 800, narrow: 350 } as const;
+type Width = keyof typeof widths;
+
+function svg(width: Width, options: Plot.PlotOptions, label: string): string {
+  const { document } = parseHTML("<!doctype html><html><body></body></html>");
+  const element = Plot.plot({
+    document,
+    width: widths[width],
+    className: "plot",
+    ...options,
+  });
+  element.setAttribute("role", "img");
+  element.setAttribute("aria-label", label);
+  for (const style of element.querySelectorAll("style")) style.remove(); // the page styles `.plot` once
+  return element.outerHTML;
+}
+
+function bothWidths(draw: (width: Width) => string): string {
+  return `<div class="wide">${draw("wide")}</div><div class="narrow">${draw("narrow")}</div>`;
+}
+
+/** Moves labels apart to at least `gap`, keeping their order and staying close to where they belong. */
+export function spread(positions: readonly number[], gap: number): readonly number[] {
+  const order = positions.map((_, i) => i).sort((a, b) => (positions[a] ?? 0) - (positions[b] ?? 0));
+  // Groups of touching labels: each is centred on the mean of the places its labels would like.
+  const groups: { members: number[]; centre: number }[] = [];
+  for (const i of order) {
+    groups.push({ members: [i], centre: positions[i] ?? 0 });
+    for (;;) {
+      const last = groups.at(-1);
+      const before = groups.at(-2);
+      if (last === undefined || before === undefined) break;
+      if (last.centre - before.centre >= (gap * (last.members.length + before.members.length)) / 2 - 1e-9) break;
+      const members = [...before.members, ...last.members];
+      groups.splice(-2, 2, { members, centre: members.reduce((sum, m) => sum + (positions[m] ?? 0), 0) / members.length });
+    }
+  }
+  const out = [...positions];
+  for (const { members, centre } of groups) {
+    for (const [place, i] of members.entries()) out[i] = centre + (place - (members.length - 1) / 2) * gap;
+  }
+  return out;
+}
+
+interface Point {
+  readonly x: number;
+  readonly y: number;
+  readonly low?: number;
+  readonly high?: number;
+}
+
+interface Series {
+  readonly name: string;
+  readonly style: Style;
+  readonly points: readonly Point[];
+}
+
+const routersOf = (results: Results): readonly string[] => [...new Set(results.runs.map(({ router }) => router))];
+const mean = (values: readonly number[]): number => values.reduce((sum, x) => sum + x, 0) / Math.max(1, values.length);
+
+/** A number of every checkpoint over the seeds of each router: mean, least and greatest. */
+function overTraining(results: Results, of: (record: CheckpointRecord, run: RunResult) => number | undefined): Series[] {
+  return routersOf(results).map((name, i) => {
+    const own = results.runs.filter(({ router }) => router === name);
+    const points = (own[0]?.checkpoints ?? []).flatMap(({ step }, at) => {
+      const values = own.flatMap((run) => {
+        const record = run.checkpoints[at];
+        return record === undefined ? [] : (of(record, run) ?? []);
+      });
+      if (values.length === 0) return [];
+      return { x: tokensAt(own[0], step), y: mean(values), low: Math.min(...values), high: Math.max(...values) };
+    });
+    return { name, style: styleOf(i), points };
+  });
+}
+
+const tokensAt = (run: RunResult | undefined, step: number): number =>
+  run === undefined || run.steps === 0 ? 0 : (run.tokens / run.steps) * step;
+
+/** At most `most` points, each the mean of a stretch. */
+export function thinned(values: readonly number[], most: number): readonly { readonly at: number; readonly value: number }[] {
+  const stretch = Math.max(1, Math.ceil(values.length / most));
+  return Array.from({ length: Math.ceil(values.length / stretch) }, (_, i) => {
+    const part = values.slice(i * stretch, (i + 1) * stretch);
+    return { at: i * stretch + (part.length + 1) / 2, value: mean(part) };
+  });
+}
+
+interface LineFigure {
+  readonly series: readonly Series[];
+  /** Thin lines behind the series. */
+  readonly faint?: readonly Series[];
+  readonly rules?: readonly { readonly name: string; readonly y: number }[];
+  readonly label: string;
+  readonly height: number;
+  readonly digits: number;
+  readonly fromZero?: boolean;
+  readonly width: Width;
+  readonly pixels?: number;
+}
+
+function lines(figure: LineFigure): string {
+  const { series, faint = [], rules = [], label, height, digits, fromZero = false, width, pixels = widths[width] } = figure;
+  const values = [
+    ...series.flatMap(({ points }) => points.flatMap(({ y, low = y, high = y }) => [y, low, high])),
+    ...faint.flatMap(({ points }) => points.map(({ y }) => y)),
+    ...rules.map(({ y }) => y),
+  ];
+  const low = fromZero ? 0 : Math.min(...values);
+  const high = Math.max(...values, low + 10 ** -digits);
+  const pad = (high - low) * 0.06;
+  const domain: [number, number] = [fromZero ? 0 : low - pad, high + pad];
+  const marginTop = 14;
+  const marginBottom = 34;
+  const marginLeft = 40;
+  const longest = Math.max(...series.map(({ name }) => name.length), 3);
+  const marginRight = width === "wide" && pixels > 400 ? 22 + longest * 6.6 + 34 : 40;
+  const inner = height - marginTop - marginBottom;
+  const ends = series.flatMap((one) => {
+    const last = one.points.at(-1);
+    return last === undefined ? [] : [{ ...one, last }];
+  });
+  const toPixel = (y: number): number => ((domain[1] - y) / (domain[1] - domain[0])) * inner;
+  const places = spread(ends.map(({ last }) => toPixel(last.y)), 15);
+  const x = Math.max(0, ...series.flatMap(({ points }) => points.map((point) => point.x)));
+  const unit = x >= 2e6 ? 1e6 : 1000;
+  return svg(
+    width,
+    {
+      width: pixels,
+      height,
+      marginTop,
+      marginBottom,
+      marginLeft,
+      marginRight,
+      x: {
+        label: unit === 1e6 ? "training tokens, millions →" : "training tokens, thousands →",
+        transform: (tokens: number) => tokens / unit,
+        ticks: pixels < 400 ? 4 : 7,
+        domain: [0, Math.max(x, 1) / unit],
+      },
+      y: { domain, label: null, grid: true, ticks: Math.max(3, Math.round(inner / 45)) },
+      marks: [
+        ...rules.map(({ y }) => Plot.ruleY([y], { stroke: "var(--muted)", strokeDasharray: "1 3", strokeLinecap: "round" })),
+        ...rules.map(({ name, y }) =>
+          Plot.text([{ y }], {
+            y: "y",
+            text: () => `${name} ${y.toFixed(digits)}`,
+            frameAnchor: "right",
+            textAnchor: "end",
+            dy: -7,
+            fill: "var(--muted)",
+            stroke: "var(--paper)",
+            strokeWidth: 4,
+          }),
+        ),
+        ...faint.map(({ points, style }) => Plot.line(points, { x: "x", y: "y", stroke: style.colour, strokeOpacity: 0.35, strokeWidth: 1 })),
+        ...series
+          .filter(({ points }) => points.some(({ low: a, high: b }) => a !== b))
+          .map(({ points, style }) => Plot.areaY(points, { x: "x", y1: "low", y2: "high", fill: style.colour, fillOpacity: 0.16 })),
+        ...series.map(({ points, style }) =>
+          Plot.line(points, { x: "x", y: "y", stroke: style.colour, strokeWidth: 2, strokeDasharray: style.dash }),
+        ),
+        ...series.map(({ points, style }) =>
+          Plot.dot(points, { x: "x", y: "y", r: 3.6, symbol: style.symbol, fill: style.colour, stroke: "var(--paper)", strokeWidth: 0.8 }),
+        ),
+        ...ends.map(({ name, style, last }, i) =>
+          Plot.text([last], {
+            x: "x",
+            y: "y",
+            text: () => (marginRight > 60 ? `${name} ${last.y.toFixed(digits)}` : last.y.toFixed(digits)),
+            textAnchor: "start",
+            dx: 9,
+            dy: (places[i] ?? 0) - toPixel(last.y),
+            fill: style.colour,
+            fontWeight: 600,
+          }),
+        ),
+      ],
+    },
+    label,
+  );
+}
+
+/** Loss over training: bold with markers on held-out text, thin on the training batches; baselines as dotted rules. */
+export function lossFigure(results: Results): string {
+  const series = overTraining(results, ({ bitsPerByte }) => bitsPerByte);
+  const faint = routersOf(results).map((name, i): Series => {
+    const run = results.runs.find(({ router }) => router === name);
+    const points = thinned(run?.training.bitsPerByte ?? [], 160).map(({ at, value }) => ({ x: tokensAt(run, at), y: value }));
+    return { name, style: styleOf(i), points };
+  });
+  const rules = results.baselines.map(({ name, bitsPerByte }) => ({ name, y: bitsPerByte }));
+  const label = `Held-out loss in bits per byte over training: ${described(series, 3)}`;
+  return bothWidths((width) =>
+    lines({ series, faint, rules, label, digits: 3, height: width === "wide" ? 380 : 320, width }),
+  );
+}
+
+const described = (series: readonly Series[], digits: number): string =>
+  series.map(({ name, points }) => `${name} ends at ${points.at(-1)?.y.toFixed(digits) ?? "nothing"}`).join(", ");
+
+const overLayers = (layers: readonly LayerRouting[], of: (layer: LayerRouting) => number | undefined): number | undefined => {
+  const values = layers.flatMap((layer) => of(layer) ?? []);
+  return values.length === 0 ? undefined : mean(values);
+};
+
+export interface SmallFigure {
+  readonly title: string;
+  readonly svg: string;
+}
+
+/** How routing developed: entropy, fluctuation, balance and specialisation, each the mean over the layers. */
+export function routingFigures(results: Results): readonly SmallFigure[] {
+  const of: readonly [string, (layer: LayerRouting) => number | undefined][] = [
+    ["Routing entropy", (layer) => layer.entropy],
+    ["Routing fluctuation", (layer) => layer.fluctuation],
+    ["Load of the busiest expert, × the mean", (layer) => layer.imbalance],
+    ["Specialisation by domain", (layer) => layer.specialisation],
+  ];
+  return of.map(([title, value]) => {
+    const series = overTraining(results, ({ layers }) => overLayers(layers, value));
+    const label = `${title} over training: ${described(series, 2)}`;
+    return { title, svg: lines({ series, label, digits: 2, height: 210, fromZero: true, width: "narrow" }) };
+  });
+}
+
+/** The end of training by domain: one marker per router, ticks for the baselines. */
+export function domainFigure(results: Results): string {
+  const names = results.domains.map(({ name }) => name);
+  const routers = routersOf(results);
+  const dots = routers.flatMap((router, i) => {
+    const own = results.runs.filter((run) => run.router === router);
+    return names.map((domain, d) => ({
+      domain,
+      x: mean(own.map((run) => run.checkpoints.at(-1)?.perDomain[d] ?? 0)),
+      style: styleOf(i),
+    }));
+  });
+  const ticks = results.baselines.flatMap(({ name, perDomain }) =>
+    perDomain.map((x, d) => ({ name: name.replace(/ .*/, ""), domain: names[d] ?? "", x })),
+  );
+  const label = `Held-out bits per byte by domain: ${routers
+    .map((router, i) => `${router} ${dots.slice(i * names.length, (i + 1) * names.length).map(({ domain, x }) => `${domain} ${x.toFixed(2)}`).join(", ")}`)
+    .join("; ")}`;
+  return bothWidths((width) =>
+    svg(
+      width,
+      {
+        height: 50 + names.length * 46,
+        marginLeft: Math.min(130, 14 + 7 * Math.max(...names.map(({ length }) => length))),
+        marginRight: 24,
+        marginTop: 16,
+        marginBottom: 34,
+        x: { label: "bits per byte →", grid: true, ticks: width === "wide" ? 8 : 5, inset: 8 },
+        y: { domain: names, label: null, tickSize: 0 },
+        marks: [
+          Plot.ruleY(names, { stroke: "var(--rule)" }),
+          Plot.tickX(ticks, { x: "x", y: "domain", stroke: "var(--muted)", strokeWidth: 1.5, strokeDasharray: "1 2.5", inset: 5 }),
+          Plot.text(ticks, { x: "x", y: "domain", text: "name", dy: -22, fill: "var(--muted)", fontSize: 10.5 }),
+          ...dots.map(({ style, ...dot }) =>
+            Plot.dot([dot], { x: "x", y: "domain", r: 5.5, symbol: style.symbol, fill: style.colour, stroke: "var(--paper)" }),
+          ),
+        ],
+      },
+      label,
+    ),
+  );
+}
+
+/** Load of every expert by layer and domain, 1 = an even share: one heat map for one run. */
+export function loadFigure(run: RunResult, domains: readonly string[]): string {
+  const layers = run.checkpoints.at(-1)?.layers ?? [];
+  const cells = layers.flatMap(({ load }, layer) =>
+    load.flatMap((row, d) =>
+      row.map((share, expert) => ({ layer: `layer ${layer + 1}`, domain: domains[d] ?? "", expert, times: share * row.length })),
+    ),
+  );
+  const most = Math.max(2, ...cells.map(({ times }) => times));
+  const experts = Math.max(0, ...cells.map(({ expert }) => expert + 1));
+  const marginLeft = Math.min(120, 14 + 6.2 * Math.max(0, ...domains.map(({ length }) => length)));
+  const label = `Load of ${experts} experts by layer and domain for ${run.router}; greatest ${most.toFixed(1)} times an even share`;
+  return bothWidths((width) => {
+    const cell = (widths[width] - marginLeft - 60) / Math.max(1, experts);
+    const numbers = cell >= 22;
+    return svg(
+      width,
+      {
+        height: 40 + layers.length * (domains.length * 22 + 10),
+        marginLeft,
+        marginRight: 60,
+        marginTop: 4,
+        marginBottom: 32,
+        x: { label: "expert", tickSize: 0, domain: Array.from({ length: experts }, (_, e) => e), labelAnchor: "center" },
+        y: { label: null, tickSize: 0, domain: [...domains] },
+        fy: { label: null, domain: layers.map((_, i) => `layer ${i + 1}`), padding: 0.12 },
+        marks: [
+          Plot.cell(cells, {
+            x: "expert",
+            y: "domain",
+            fy: "layer",
+            inset: 0.5,
+            rx: 2,
+            fill: "var(--heat)",
+            fillOpacity: ({ times }: { times: number }) => 0.04 + 0.96 * Math.min(1, times / most),
+          }),
+          ...(numbers
+            ? [
+                Plot.text(cells, {
+                  x: "expert",
+                  y: "domain",
+                  fy: "layer",
+                  text: ({ times }: { times: number }) => (times === 0 ? "0" : times.toFixed(1)),
+                  fontSize: cell < 28 ? 9 : 10.5,
+                  fill: ({ times }: { times: number }) => (times / most > 0.55 ? "var(--heat-ink)" : "var(--ink)"),
+                }),
+              ]
+            : []),
+        ],
+        color: { type: "identity" },
+        opacity: { type: "identity" },
+      },
+      label,
+    );
+  });
+}
+
+/** A line with its marker, for the legend. */
+export function swatch({ colour, dash, symbol }: Style): string {
+  const { document } = parseHTML("<!doctype html><html><body></body></html>");
+  const element = Plot.plot({
+    document,
+    width: 44,
+    height: 14,
+    margin: 0,
+    axis: null,
+    className: "plot",
+    x: { domain: [0, 44] },
+    y: { domain: [0, 14] },
+    marks: [
+      Plot.ruleY([7], { stroke: colour, strokeWidth: 2, strokeDasharray: dash }),
+      Plot.dot([[22, 7]], { r: 4, symbol, fill: colour, stroke: "var(--paper)" }),
+    ],
+  });
+  element.setAttribute("aria-hidden", "true");
+  for (const style of element.querySelectorAll("style")) style.remove();
+  return element.outerHTML;
+}

@@ -1,0 +1,122 @@
+// The harness under a clock of its own: what it reports must be what the clock says.
+import { engine } from "@switchyard/core";
+import { cpu } from "@switchyard/core/cpu";
+import { describe, expect, it } from "vitest";
+import { type Clock, type Contender, contender, measure, relativeError, speedup, summarise } from "./harness.ts";
+
+/** Time passes only when a contender works: `seconds(run)` wall and twice that on the CPU. */
+const machine = () => {
+  let now = 100;
+  const order: string[] = [];
+  const clock: Clock = { now: () => now, cpu: () => 2 * now };
+  const worker = (name: string, seconds: (run: number) => number): Contender => {
+    let run = 0;
+    return {
+      name,
+      run() {
+        order.push(name);
+        now += seconds(run++);
+      },
+    };
+  };
+  return { clock, worker, order };
+};
+
+describe("summarise", () => {
+  it("gives median, extremes and count", () => {
+    expect(summarise([3, 1, 2])).toEqual({ median: 2, min: 1, max: 3, count: 3 });
+    expect(summarise([4, 1, 2, 3])).toEqual({ median: 2.5, min: 1, max: 4, count: 4 });
+    expect(() => summarise([])).toThrow("no samples");
+  });
+});
+
+describe("measure", () => {
+  it("averages a sample over enough runs, and reports wall and CPU time per run", async () => {
+    const { clock, worker } = machine();
+    const [fast, slow] = await measure([worker("fast", () => 0.25), worker("slow", () => 4)], {
+      repetitions: 3,
+      minimumSeconds: 1,
+      pauseSeconds: 0,
+      clock,
+    });
+    expect(fast).toMatchObject({ name: "fast", runs: 4, samples: [0.25, 0.25, 0.25], wall: { median: 0.25 } });
+    expect(fast?.cpu).toEqual({ median: 0.5, min: 0.5, max: 0.5, count: 3 });
+    expect(slow).toMatchObject({ runs: 1, wall: { median: 4, count: 3 } });
+  });
+
+  it("warms up outside the clock and takes turns in rotating order", async () => {
+    const { clock, worker, order } = machine();
+    const timings = await measure([worker("a", (run) => (run === 0 ? 1000 : 1)), worker("b", () => 1)], {
+      repetitions: 3,
+      minimumSeconds: 1,
+      pauseSeconds: 0,
+      clock,
+    });
+    expect(timings.map((t) => t.wall.max)).toEqual([1, 1]);
+    expect(order.join("")).toBe("aabb" + "ab" + "ba" + "ab");
+  });
+
+  it("leaves CPU time out where the host cannot tell it", async () => {
+    const { clock, worker } = machine();
+    const [timing] = await measure([worker("a", () => 1)], {
+      repetitions: 1,
+      pauseSeconds: 0,
+      clock: { now: clock.now, cpu: () => undefined },
+    });
+    expect(timing?.cpu).toBeUndefined();
+  });
+
+  it("uses the host's clocks by default", async () => {
+    const burn = () => {
+      const end = performance.now() + 3;
+      while (performance.now() < end);
+    };
+    const [timing] = await measure([{ name: "burn", run: burn }], { repetitions: 2, minimumSeconds: 0.006 });
+    expect(timing?.wall.min).toBeGreaterThanOrEqual(0.0029);
+    expect(timing?.cpu?.count).toBe(2);
+  });
+});
+
+describe("speedup", () => {
+  it("pairs the samples, so a drift of the machine cancels", async () => {
+    const { clock, worker } = machine();
+    const options = { repetitions: 4, minimumSeconds: 0, pauseSeconds: 0, clock };
+    const [ours, peer] = await measure([worker("ours", (run) => 2 ** run), worker("peer", (run) => 3 * 2 ** run)], options);
+    if (ours === undefined || peer === undefined) throw new Error("two timings expected");
+    expect(speedup(ours, peer)).toEqual({ median: 3, min: 3, max: 3, count: 4 });
+    expect(speedup(peer, ours).median).toBeCloseTo(1 / 3, 12);
+    expect(() => speedup(ours, { ...peer, samples: [1] })).toThrow("ours has 4 samples, peer has 1");
+  });
+});
+
+describe("relativeError", () => {
+  it("is relative to the largest expected value, and infinite for what cannot be compared", () => {
+    expect(relativeError([1, 2.5], [1, 2])).toBe(0.25);
+    expect(relativeError([0, 0], [0, 0])).toBe(0);
+    expect(relativeError([1], [1, 2])).toBe(Number.POSITIVE_INFINITY);
+    expect(relativeError([Number.NaN], [1])).toBe(Number.POSITIVE_INFINITY);
+    expect(relativeError([1], [0])).toBe(Number.POSITIVE_INFINITY);
+  });
+});
+
+describe("contender", () => {
+  it("runs a workload on an engine, and leaves nothing alive", async () => {
+    const host = engine(cpu());
+    const x = host.tensor(Float32Array.of(1, 2, 3), [3]);
+    let runs = 0;
+    const one = contender("cpu", host, {
+      run() {
+        runs++;
+        return host.tensor(Float32Array.of(runs, 7), [2]);
+      },
+      flops: 0,
+      bytes: 0,
+      dispose: () => x.dispose(),
+    });
+    await one.run();
+    expect(host.live()).toBe(1);
+    expect(Array.from((await one.output?.()) ?? [])).toEqual([2, 7]);
+    await one.dispose?.();
+    expect(host.live()).toBe(0);
+  });
+});

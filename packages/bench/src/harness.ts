@@ -1,0 +1,180 @@
+// Measures things against each other: in turn, in one run, with the spread. Knows nothing about what it measures.
+// Wall-clock figures of a loaded machine mislead, so CPU time is taken too where the host can tell it.
+import { type Engine, slice, type Tensor } from "@switchyard/core";
+
+/** One workload. `run` is called many times; its result is what is synchronised on and compared. */
+export interface Benchmark<C> {
+  readonly name: string;
+  readonly cases: readonly C[];
+  /** `flops` and `bytes` (read and written at least once) are per run. */
+  setup(engine: Engine, one: C): Workload;
+}
+
+export interface Workload {
+  run(): Tensor;
+  readonly flops: number;
+  readonly bytes: number;
+  /** Frees what `setup` made. */
+  dispose(): void;
+}
+
+/** Anything that can be timed: one of our engines with a workload, or another library doing the same work. */
+export interface Contender {
+  readonly name: string;
+  /** Does the work once and returns when it is done (not when it is enqueued). */
+  run(): unknown | Promise<unknown>;
+  /** The result, for checking that all contenders compute the same. */
+  output?(): Promise<ArrayLike<number>>;
+  dispose?(): void | Promise<void>;
+}
+
+export interface Summary {
+  readonly median: number;
+  readonly min: number;
+  readonly max: number;
+  readonly count: number;
+}
+
+export interface Timing {
+  readonly name: string;
+  /** Seconds per run, one entry per repetition, in the order they were taken. */
+  readonly samples: readonly number[];
+  readonly wall: Summary;
+  /** CPU seconds per run over all threads; absent where the host cannot tell (browsers). */
+  readonly cpu?: Summary;
+  /** Runs averaged into one sample. */
+  readonly runs: number;
+}
+
+/** Seconds. `cpu` counts all threads of the process. */
+export interface Clock {
+  now(): number;
+  cpu(): number | undefined;
+}
+
+export interface MeasureOptions {
+  /** Samples per contender; default 7. */
+  readonly repetitions?: number;
+  /** A sample repeats the run until it lasts about this long; default 0.2 s. */
+  readonly minimumSeconds?: number;
+  /** Idle time before each sample, so that spinning threads of the contender before go to sleep; default 0.02 s. */
+  readonly pauseSeconds?: number;
+  readonly clock?: Clock;
+}
+
+/** Median, minimum and maximum. @throws RangeError without samples. */
+export function summarise(samples: readonly number[]): Summary {
+  if (samples.length === 0) throw new RangeError("summarise: there are no samples");
+  const sorted = samples.toSorted((a, b) => a - b);
+  const at = (i: number): number => sorted[i] as number;
+  const middle = (sorted.length - 1) / 2;
+  return {
+    median: (at(Math.floor(middle)) + at(Math.ceil(middle))) / 2,
+    min: at(0),
+    max: at(sorted.length - 1),
+    count: sorted.length,
+  };
+}
+
+const hostClock: Clock = {
+  now: () => performance.now() / 1000,
+  cpu() {
+    const usage = globalThis.process?.cpuUsage?.();
+    return usage && (usage.user + usage.system) / 1e6;
+  },
+};
+
+const sleep = (seconds: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, seconds * 1000));
+
+/**
+ * Times the contenders in turn: every repetition takes one sample of each, and the order rotates, so that a machine that
+ * slows down or a neighbour that leaves a hot cache behind touches all of them alike.
+ */
+export async function measure(
+  contenders: readonly Contender[],
+  { repetitions = 7, minimumSeconds = 0.2, pauseSeconds = 0.02, clock = hostClock }: MeasureOptions = {},
+): Promise<readonly Timing[]> {
+  const entries: { contender: Contender; runs: number; wall: number[]; cpu: number[] }[] = [];
+  for (const contender of contenders) {
+    await contender.run(); // compiles, packs, grows memory
+    const start = clock.now();
+    await contender.run();
+    const once = Math.max(clock.now() - start, 1e-7);
+    entries.push({ contender, runs: Math.max(1, Math.round(minimumSeconds / once)), wall: [], cpu: [] });
+  }
+  for (let repetition = 0; repetition < repetitions; repetition++) {
+    for (let turn = 0; turn < entries.length; turn++) {
+      const entry = entries[(turn + repetition) % entries.length];
+      if (entry === undefined) continue;
+      if (pauseSeconds > 0) await sleep(pauseSeconds);
+      const cpu = clock.cpu();
+      const start = clock.now();
+      for (let run = 0; run < entry.runs; run++) await entry.contender.run();
+      entry.wall.push((clock.now() - start) / entry.runs);
+      const cpuEnd = clock.cpu();
+      if (cpu !== undefined && cpuEnd !== undefined) entry.cpu.push((cpuEnd - cpu) / entry.runs);
+    }
+  }
+  return entries.map(({ contender, runs, wall, cpu }) => ({
+    name: contender.name,
+    samples: wall,
+    wall: summarise(wall),
+    ...(cpu.length > 0 && { cpu: summarise(cpu) }),
+    runs,
+  }));
+}
+
+/** How many times faster `ours` is than `peer`: above 1 we win. Paired by repetition, so slow drifts cancel. */
+export function speedup(ours: Timing, peer: Timing): Summary {
+  if (ours.samples.length !== peer.samples.length) {
+    throw new RangeError(
+      `speedup: ${ours.name} has ${ours.samples.length} samples, ${peer.name} has ${peer.samples.length}; measure them together`,
+    );
+  }
+  return summarise(ours.samples.map((seconds, i) => (peer.samples[i] as number) / seconds));
+}
+
+/** |found - expected| over the largest |expected|; NaN or another length is an infinite error. */
+export function relativeError(found: ArrayLike<number>, expected: ArrayLike<number>): number {
+  if (found.length !== expected.length) return Number.POSITIVE_INFINITY;
+  let worst = 0;
+  let scale = 0;
+  for (let i = 0; i < expected.length; i++) {
+    const difference = Math.abs((found[i] as number) - (expected[i] as number));
+    if (Number.isNaN(difference)) return Number.POSITIVE_INFINITY;
+    worst = Math.max(worst, difference);
+    scale = Math.max(scale, Math.abs(expected[i] as number));
+  }
+  return worst === 0 ? 0 : worst / scale;
+}
+
+/** Waits until `x` is computed by reading one element of it (all of it would time the copy). */
+export async function synchronise(x: Tensor): Promise<void> {
+  if (x.size === 0) return;
+  const corner = slice(
+    x,
+    x.shape.map(() => 0),
+    x.shape.map(() => 1),
+  );
+  await corner.data();
+  corner.dispose();
+}
+
+/** One of our engines doing `workload`, as a contender. */
+export function contender(name: string, engine: Engine, workload: Workload): Contender {
+  return {
+    name,
+    async run() {
+      const y = engine.scope(() => workload.run());
+      await synchronise(y);
+      y.dispose();
+    },
+    async output() {
+      const y = engine.scope(() => workload.run());
+      const data = await y.data();
+      y.dispose();
+      return data;
+    },
+    dispose: () => workload.dispose(),
+  };
+}

@@ -1,0 +1,70 @@
+// What a device must bring: a table of kernels, upload, download and free. Nothing here knows about gradients or scopes.
+
+/** Storage types. Arithmetic is f32 (the reference backend can be told to hold floats as float64). Masks are f32 0/1. */
+export type DType = "f32" | "f16" | "bf16" | "i32" | "u8";
+export type TypedArray = Float32Array | Float64Array | Int32Array | Uint8Array | Uint16Array;
+
+/** `format` names a packed or quantised layout ("panels", "mxfp4", "int4-g128"); absent: row-major. */
+export interface Spec {
+  readonly shape: readonly number[];
+  readonly dtype: DType;
+  readonly format?: string;
+}
+
+export interface Operand<H> extends Spec {
+  readonly handle: H;
+}
+
+export interface Kernel<H> {
+  /** Returns one handle per result. Returning an input's handle makes the result a view of it (reshape). */
+  // biome-ignore lint/suspicious/noExplicitAny: kernel tables hold ops of every attribute type
+  (inputs: readonly Operand<H>[], results: readonly (Spec & { readonly reuse?: H })[], attrs: any): readonly H[];
+  /** A reason why this call cannot be served; undefined when it can. */
+  // biome-ignore lint/suspicious/noExplicitAny: kernel tables hold ops of every attribute type
+  unsupported?(inputs: readonly Spec[], attrs: any): string | undefined;
+}
+
+/** The closed part: a backend that lacks one does not compile. topkIndices and argsort are stable, lower index first, everywhere. */
+export type PrimitiveName =
+  | "add"
+  | "mul"
+  | "maximum"
+  | "less"
+  | "where"
+  | "recip"
+  | "exp"
+  | "log"
+  | "sqrt"
+  | "tanh"
+  | "erf"
+  | "floor"
+  | "cast"
+  | "reshape"
+  | "transpose"
+  | "slice"
+  | "concat"
+  | "takeRows"
+  | "addRows"
+  | "sumTo"
+  | "maxLast"
+  | "cumsum"
+  | "matmul"
+  | "topkIndices"
+  | "argsort"
+  | "blockEnds";
+
+export interface Backend<H> {
+  readonly name: string;
+  readonly kernels: { readonly [P in PrimitiveName]: Kernel<H> } & {
+    readonly [fusedOp: string]: Kernel<H> | undefined;
+  };
+  /** Copies `data` to the device. Element types are converted where they differ from `spec.dtype`. */
+  upload(data: TypedArray, spec: Spec): H;
+  download(x: Operand<H>): Promise<TypedArray>;
+  /** Only where the host may block; WebGPU leaves it out. */
+  downloadSync?(x: Operand<H>): TypedArray;
+  free(handle: H): void;
+  flush?(): void;
+  /** Ends the backend: workers, device, memory. Later calls throw. */
+  dispose?(): void;
+}

@@ -1,0 +1,3 @@
+// @switchyard/core/cpu: the reference backend. Runs anywhere JavaScript does.
+export { type CpuBackend, cpu } from "./backend.ts";
+export type { CpuHandle } from "./storage.ts";

@@ -1,0 +1,18 @@
+// The public surface of @switchyard/core.
+export type { Backend, DType, Kernel, Operand, PrimitiveName, Spec, TypedArray } from "./backend.ts";
+export { type Engine, engine } from "./engine.ts";
+export { CheckpointError, MissingPackageError, ShapeError, UnsupportedError } from "./errors.ts";
+export { customGrad, autodiff, grad, lower, straightThrough, valueAndGrad, watch } from "./autodiff.ts";
+export { type Op, run } from "./op.ts";
+export { type Random, random } from "./random.ts";
+export { dispose, isTensor, leaves, mapTree, type Tensor, type Tree } from "./tensor.ts";
+export * from "./ops/elementwise.ts";
+export * from "./ops/shape.ts";
+export * from "./ops/reduce.ts";
+export * from "./ops/rows.ts";
+export * from "./ops/matmul.ts";
+export * from "./ops/normalise.ts";
+export * from "./ops/attention.ts";
+export * from "./ops/experts.ts";
+export * from "./ops/optimiser.ts";
+export { counted, type OpCount } from "./counted.ts";

@@ -1,0 +1,237 @@
+// The Mixture-of-Experts layer: route -> dispatch -> experts -> combine, for every kind of plan. `moe` is the composition of
+// `routeTokens` and `runExperts`; streamed inference calls the two itself and prepares experts in between.
+import { ShapeError, UnsupportedError } from "../errors.ts";
+import { add, mul, sigmoid, where } from "../ops/elementwise.ts";
+import { linear, matmul } from "../ops/matmul.ts";
+import { addRows } from "../ops/rows.ts";
+import { hostConstant, reshape, transpose } from "../ops/shape.ts";
+import { isTensor, show, type Tensor, type Tree } from "../tensor.ts";
+import { combine, combineEvery, dispatchPlan, everyId, gather, maskPlan, perSlot, tokenMask } from "./dispatch.ts";
+import { routingMetrics } from "./metrics.ts";
+import type {
+  Dispatch,
+  Experts,
+  Layout,
+  Loss,
+  MoELayer,
+  Observe,
+  Plan,
+  Routed,
+  RouterContext,
+  RouterInput,
+  RouterPlugin,
+  SharedExperts,
+  SlotsPlan,
+} from "./plan.ts";
+
+export interface MoEOptions {
+  /** false: the experts' outputs `[tokens, k, width]`, neither weighted nor summed (JetMoE, MoA); sparse and dense plans only. */
+  readonly combine?: boolean;
+  /** Instead of `input.buffers`. */
+  readonly buffers?: Tree;
+  /** Whether `routed.metrics` gets load, untouched and entropies; default true. */
+  readonly metrics?: boolean;
+  /** Is told the inputs of every matrix of the routed experts; runs them without the fused op. */
+  readonly observe?: Observe;
+}
+
+/**
+ * The layer of one router plugin and its experts. Throws UnsupportedError when they do not go together or the backend cannot serve
+ * the router, before anything runs.
+ */
+export function moeLayer(
+  plugin: RouterPlugin,
+  context: RouterContext,
+  parts: { readonly experts: Experts; readonly shared?: readonly SharedExperts[] },
+): MoELayer {
+  const { experts } = parts;
+  const refuse = (why: string): never => {
+    throw new UnsupportedError(`router ${plugin.name}: ${why}`);
+  };
+  if (context.experts !== experts.count) {
+    throw new ShapeError(`router ${plugin.name}: made for ${context.experts} experts, the layer has ${experts.count}`);
+  }
+  if (plugin.needs.includes("host") && !context.engine.canBlock) {
+    refuse(`it needs results on the host inside a step, and ${context.engine.name} cannot block; use a CPU backend or another router`);
+  }
+  const merges = plugin.needs.includes("mixedExperts") || plugin.plans.every((kind) => kind === "merge");
+  if (merges && experts.mixed === undefined) refuse(unmixable);
+  return { router: plugin.init(context), ...parts };
+}
+
+const unmixable = 'its "merge" plan mixes the experts\' parameters, and these experts have no mixed(); use glu() or ffn()';
+
+/** The parameters `moe` expects, as the layer made them: `{ router, experts, shared? }`. */
+export function layerParams(layer: MoELayer): Tree {
+  const shared = layer.shared?.map(({ experts, gate }) => ({ experts: experts.params, ...(gate ? { gate } : {}) }));
+  return { router: layer.router.params, experts: layer.experts.params, ...(shared ? { shared } : {}) };
+}
+
+/**
+ * One layer on `input.hidden [tokens, width]`: `output [tokens, width]` (zeros for padding) and what the router decided, with the
+ * experts' losses (named "experts.x", "shared.0.x") and the metrics of `routingMetrics` added. Without `mask` in the layout every
+ * token is real. Throws ShapeError for parameters or plans of wrong sizes, UnsupportedError for a plan these experts cannot serve.
+ */
+export function moe(
+  layer: MoELayer,
+  params: Tree,
+  input: RouterInput,
+  options: MoEOptions = {},
+): { readonly output: Tensor; readonly routed: Routed } {
+  return input.hidden.engine.scope(() => {
+    const { buffers = input.buffers } = options;
+    return runExperts(layer, params, input, { routed: routeTokens(layer, params, { ...input, buffers }), options });
+  });
+}
+
+/** The first half of `moe`: the router's decision, its plan freed of padding. */
+export function routeTokens(layer: MoELayer, params: Tree, input: RouterInput): Routed {
+  const { hidden, layout } = input;
+  const tokens = layout.batch * layout.sequence;
+  if (hidden.shape.length !== 2 || hidden.shape[0] !== tokens) {
+    throw new ShapeError(`moe: hidden is ${show(hidden)}, expected [batch * sequence, width] = [${tokens}, width]`);
+  }
+  const { router, experts } = layer;
+  const concerns = input.override?.some((one) => one && (one.layers?.includes(input.layer) ?? true));
+  if (concerns && router.score === undefined) {
+    throw new UnsupportedError(
+      `moe: layer ${input.layer} got a routing override, and its router does not tell score and select apart; use a router that does`,
+    );
+  }
+  const mask = tokenMask(layout);
+  let every: Tensor | undefined;
+  const everyExpert = (): Tensor => {
+    every ??= allOutputs(experts, branch(params, "experts"), hidden, layout, mask);
+    return every;
+  };
+  const routed = router.route(branch(params, "router"), { everyExpert, ...input });
+  if (mask === undefined) return routed;
+  const more = routed.more?.map((path) => ({ ...path, plan: maskPlan(path.plan, mask) }));
+  return { ...routed, plan: maskPlan(routed.plan, mask), ...(more ? { more } : {}) };
+}
+
+/** The second half of `moe`: experts, shared experts, further paths, losses and metrics. */
+export function runExperts(
+  layer: MoELayer,
+  params: Tree,
+  input: RouterInput,
+  { routed, options = {} }: { readonly routed: Routed; readonly options?: MoEOptions },
+): { readonly output: Tensor; readonly routed: Routed } {
+  const { experts, shared = [] } = layer;
+  const { hidden, layout } = input;
+  const tokens = hidden.shape[0] ?? 0;
+  const mask = tokenMask(layout);
+  const losses: Record<string, Loss> = { ...routed.losses };
+  const path: Path = {
+    experts,
+    params: branch(params, "experts"),
+    layout,
+    ...(mask ? { mask } : {}),
+    ...(options.observe ? { observe: options.observe } : {}),
+    note: (found) => noteLosses(losses, "experts", found),
+  };
+  if (options.combine === false && (shared.length > 0 || routed.more || routed.expertOutputs)) {
+    throw new UnsupportedError(
+      "moe: combine: false leaves the outputs per slot, so nothing can be summed into them; this layer has shared experts, further paths or outputs of its router",
+    );
+  }
+
+  let output =
+    options.combine === false
+      ? slotsOfPath(path, routed.plan, routed.rows ?? hidden)
+      : routed.expertOutputs
+        ? combineEvery(tokenPlan(routed.plan), routed.expertOutputs)
+        : runPath(path, routed.plan, routed.rows ?? hidden);
+  for (const { plan, rows = hidden } of routed.more ?? []) output = add(output, runPath(path, plan, rows));
+  shared.forEach((one, i) => {
+    const note = (found: Routed["losses"] | undefined) => noteLosses(losses, `shared.${i}`, found);
+    output = add(output, runShared(one, sharedParams(params, i), { hidden, layout, mask, note }));
+  });
+
+  if (options.metrics === false) return { output, routed: { ...routed, losses } };
+  const nulls = Math.max(((routed.probabilities ?? routed.logits)?.shape.at(-1) ?? 0) - experts.count, 0);
+  const sizes = { experts: experts.count, nulls, ...(mask ? { mask } : {}) };
+  const metrics = { ...routingMetrics(routed, sizes, tokens), ...routed.metrics };
+  return { output, routed: { ...routed, losses, metrics } };
+}
+
+interface Path {
+  readonly experts: Experts;
+  readonly params: Tree;
+  readonly layout: Layout;
+  readonly mask?: Tensor;
+  readonly observe?: Observe;
+  note(losses: Routed["losses"] | undefined): void;
+}
+
+/** One plan through the experts: `rows [tokens, width]` -> `[tokens, width']`. */
+function runPath(path: Path, plan: Plan, rows: Tensor): Tensor {
+  const { experts, params, layout, mask, observe } = path;
+  switch (plan.kind) {
+    case "sparse":
+      if (experts.fused && !observe) return experts.fused(params, rows, plan);
+      break;
+    case "slots":
+      return runSlots(path, plan, rows);
+    case "merge":
+      if (experts.mixed === undefined) throw new UnsupportedError(`moe: ${unmixable}`);
+      return experts.mixed(params, rows, plan, layout);
+  }
+  const dispatched = dispatchPlan(plan, experts.count, mask);
+  return combine(plan, dispatched, applyTo(path, dispatched, rows), rows.shape[0] ?? 0);
+}
+
+function applyTo({ experts, params, layout, observe, note }: Path, dispatched: Dispatch, rows: Tensor): Tensor {
+  const { output, losses } = experts.apply(params, gather(rows, dispatched), dispatched.ends, layout, observe);
+  note(losses);
+  return output;
+}
+
+function slotsOfPath(path: Path, plan: Plan, rows: Tensor): Tensor {
+  if (plan.kind !== "sparse" && plan.kind !== "dense") {
+    throw new UnsupportedError(`moe: combine: false needs a sparse or dense plan, the router gave "${plan.kind}"`);
+  }
+  const dispatched = dispatchPlan(plan, path.experts.count, path.mask);
+  return perSlot(plan, dispatched, applyTo(path, dispatched, rows));
+}
+
+/** Soft MoE (2308.00951, eqs. 1-3): every slot is a mixture of its sample's tokens, every token a mixture of the slots' outputs. */
+function runSlots({ experts, params, layout, mask, observe, note }: Path, plan: SlotsPlan, rows: Tensor): Tensor {
+  const [batch = 0, sequence = 0, total = 0] = plan.dispatch.shape;
+  const { count } = experts;
+  const [tokens = 0, width = 0] = rows.shape;
+  if (plan.combine.shape.join() !== plan.dispatch.shape.join() || batch * sequence !== tokens || total % count !== 0) {
+    throw new ShapeError(
+      `slots plan: dispatch ${show(plan.dispatch)} and combine ${show(plan.combine)} for ${tokens} tokens and ${count} experts; ` +
+        "expected [batch, sequence, experts * slots] twice",
+    );
+  }
+  const slots = total / count;
+  // Padding may hold anything, NaN included: 0 * NaN must not reach a slot.
+  const real = mask ? where(reshape(mask, [tokens, 1]), rows, 0) : rows;
+  const mixed = matmul(plan.dispatch, reshape(real, [batch, sequence, width]), { transposeA: true }); // [batch, experts * slots, width]
+  const byExpert = transpose(reshape(mixed, [batch, count, slots, width]), [1, 0, 2, 3]); // [experts, batch, slots, width]
+  const ends = hostConstant(rows, Int32Array.from({ length: count }, (_, e) => (e + 1) * batch * slots), [count]);
+  const applied = experts.apply(params, reshape(byExpert, [count * batch * slots, width]), ends, layout, observe);
+  note(applied.losses);
+  const out = applied.output.shape[1] ?? 0;
+  const bySample = transpose(reshape(applied.output, [count, batch, slots, out]), [1, 0, 2, 3]); // [batch, experts, slots, out]
+  return reshape(matmul(plan.combine, reshape(bySample, [batch, total, out])), [tokens, out]);
+}
+
+/** Every expert on every real token, in one sorted pass: `[tokens, experts, width']`, zeros for padding. */
+function allOutputs(experts: Experts, params: Tree, hidden: Tensor, layout: Layout, mask?: Tensor): Tensor {
+  const tokens = hidden.shape[0] ?? 0;
+  const { count } = experts;
+  const ids = everyId(hidden, tokens, count);
+  const dispatched = dispatchPlan({ kind: "sparse", experts: mask ? where(reshape(mask, [tokens, 1]), ids, -1) : ids, weights: hidden }, count);
+  const { output } = experts.apply(params, gather(hidden, dispatched), dispatched.ends, layout);
+  return reshape(addRows(output, dispatched.slots, tokens * count), [tokens, count, output.shape[1] ?? 0]);
+}
+
+interface SharedInput {
+  readonly hidden: Tensor;
+  readonly layout: Layout;
+  readonly mask: Tensor | undefined;
+  note(losses: Routed["losses"] | undefined): void;
+}

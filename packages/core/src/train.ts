@@ -1,0 +1,889 @@
+// The trainer: forward, gradient, clipping, update, router buffers, report; snapshots that resume bit for bit. No model and no files in here.
+import { autodiff, grad, lower, watch } from "./autodiff.ts";
+import type { DType, TypedArray } from "./backend.ts";
+import type { Engine } from "./engine.ts";
+import { CheckpointError, ShapeError, UnsupportedError } from "./errors.ts";
+import type { Pass, Router, StepInfo, StepStatistics, TrainingHook } from "./moe/plan.ts";
+import { at } from "./op.ts";
+import { add, cast, div, maximum, mul, where } from "./ops/elementwise.ts";
+import { sum, sumSquares } from "./ops/reduce.ts";
+import { concat, reshape } from "./ops/shape.ts";
+import type { Optimiser } from "./optim.ts";
+import { type Random, random } from "./random.ts";
+import { constantRate, type Schedule } from "./schedule.ts";
+import { leaves, mapTree, show, type Tensor, type Tree } from "./tensor.ts";
+
+export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
+
+/** What a task knows about the forward pass it is asked for. */
+export interface PassInfo {
+  /** Optimiser steps done so far. */
+  readonly step: number;
+  /** Absent while the number of steps is not fixed. */
+  readonly totalSteps?: number;
+  /** False in `evaluate`: nothing is drawn at random, no router loss is needed. */
+  readonly training: boolean;
+  /** 0, or the index of the repetition when a hook asks for several passes of the same batch (THOR). */
+  readonly pass: number;
+  /** Index of the batch within a step of gradient accumulation. */
+  readonly microBatch: number;
+  /** Keyed by (seed, step, pass, micro-batch): key it further by layer and name, `random.at(layer, "noise")`. */
+  readonly random: Random;
+  /** What the hooks' `beforeStep` returned, merged: `RouterInput.schedule`. */
+  readonly schedule: Readonly<Record<string, number | boolean>>;
+  /** One `[load]` per MoE layer: share of each expert in the micro-batches of this step so far; absent in the first (see `globalBalance`). */
+  readonly globalLoad?: readonly Tensor[];
+  /** Present when a hook observes: call it with the inputs of every expert matrix, rows sorted by expert. */
+  readonly observe?: (parameter: string, layer: number, rows: Tensor, ends: Tensor) => void;
+}
+
+/** What is known about a batch beside the loss. Tensors are made inside the step's scope and die with it. */
+export interface BatchInfo {
+  /** Handed to hooks as StepInfo.labels. */
+  readonly labels?: Tensor;
+  /** Handed to hooks as StepInfo.mask: 1 = real token. */
+  readonly mask?: Tensor;
+  /** Real tokens of the batch; default: the mask's sum, or the rows of the logits. */
+  readonly tokens?: number;
+}
+
+/** What is trained: parameters, data and the loss. */
+export interface Task<B> {
+  /** f32, on the engine given to `trainer`, which takes them over: they change with every step, read `trainer.params`. */
+  readonly params: Tree;
+  /** One per MoE layer, in order. Their buffers are taken over too; read `trainer.buffers`. Their `params` are not looked at. */
+  readonly routers: readonly Router[];
+  /**
+   * Batch `index` (counting from 0, one per micro-batch): the same index gives the same batch, so resuming needs no data state.
+   * Host data, or tensors: called inside the step's scope, which frees them.
+   */
+  batch(index: number): B;
+  /**
+   * Runs the model. `params` are on the autodiff engine while training and on the plain engine in `evaluate`; `buffers` (one tree
+   * per MoE layer) are always plain. `loss` is the mean over the batch's tokens, without router losses; `layers` has one Routed per
+   * MoE layer, with `metrics.load` (tokens of each real expert, then of null ones) as `moe()` adds it. Must be synchronous.
+   */
+  forward(params: Tree, buffers: readonly Tree[], batch: B, info: PassInfo): Pass;
+  /** Labels, mask and token count of a batch, for hooks and reports. */
+  info?(batch: B): BatchInfo;
+}
+
+export interface TrainerOptions {
+  /** `adamw({ learningRate })` or `sgd({ learningRate })`. */
+  readonly optimiser: Optimiser;
+  /** Factor of the learning rate; default constantRate(). */
+  readonly schedule?: Schedule;
+  /** Steps in all; leave it out to measure the speed first, then call `setTotalSteps`. */
+  readonly totalSteps?: number;
+  /** Largest 2-norm of the whole gradient; default: no clipping. */
+  readonly clip?: number;
+  /** Batches per step, weighing equally; default 1. */
+  readonly accumulate?: number;
+  readonly hooks?: readonly TrainingHook[];
+  /** Of everything random; default 0. */
+  readonly seed?: number;
+  /** Which parameters decay; default: those with two or more axes. */
+  decay?(path: string, shape: readonly number[]): boolean;
+  /** Hands `globalLoad` to the routers while accumulating, so that balance is asked of the whole step (2501.11873); default false. */
+  readonly globalBalance?: boolean;
+}
+
+/** One step in numbers. */
+export interface StepReport {
+  /** Index of the step, from 0. */
+  readonly step: number;
+  /** The task's loss: mean over micro-batches and passes. */
+  readonly loss: number;
+  /** What was differentiated: `loss` plus all `losses`. */
+  readonly total: number;
+  /** What each router loss (summed over layers, times its weight) and each hook's loss added to the total. */
+  readonly losses: Readonly<Record<string, number>>;
+  /** 2-norm of the whole gradient, before clipping. */
+  readonly gradientNorm: number;
+  readonly learningRate: number;
+  /** Per MoE layer: tokens of each real expert, then of null ones, summed over the step. */
+  readonly loads: readonly Float64Array[];
+  /** Per MoE layer: the other metrics, averaged over the step's forward passes. */
+  readonly metrics: readonly Readonly<Record<string, Float64Array>>[];
+  /** Tokens trained on; repeated passes of the same batch count once. */
+  readonly tokens: number;
+  /** Wall time; the one number that a resumed run does not reproduce. */
+  readonly seconds: number;
+}
+
+/** Everything needed to resume, on the host; writing it to disk is the caller's business. `json` survives JSON.stringify exactly. */
+export interface TrainerSnapshot {
+  /** "params.<path>", "buffers.<layer>.<path>", "optimiser.<slot>.<path>", "hooks.<name>.<path>". */
+  readonly arrays: Readonly<Record<string, SnapshotArray>>;
+  readonly json: Json;
+}
+
+export interface SnapshotArray {
+  readonly data: TypedArray;
+  readonly shape: readonly number[];
+  readonly dtype: DType;
+}
+
+export interface RunOptions {
+  /** Runs until this many steps are done in all; default: totalSteps. */
+  readonly until?: number;
+  /** Looked at between steps: an aborted run has finished its last step and can be saved. */
+  readonly signal?: AbortSignal;
+  onStep?(report: StepReport): void | Promise<void>;
+  /** In steps. */
+  readonly checkpointEvery?: number;
+  onCheckpoint?(snapshot: TrainerSnapshot): void | Promise<void>;
+}
+
+/** Loads are summed over the batches, metrics averaged. */
+export interface Evaluation {
+  /** Mean over the batches, each weighing by its tokens. */
+  readonly loss: number;
+  readonly loads: readonly Float64Array[];
+  readonly metrics: readonly Readonly<Record<string, Float64Array>>[];
+  readonly tokens: number;
+}
+
+export interface Trainer<B> {
+  /** Steps done. */
+  readonly steps: number;
+  readonly totalSteps: number | undefined;
+  /** The current parameters, owned by the trainer: valid until the next step. */
+  readonly params: Tree;
+  /** The current buffers, one tree per MoE layer, owned by the trainer: valid until the next step. */
+  readonly buffers: readonly Tree[];
+  readonly history: readonly StepReport[];
+  /**
+   * One optimiser step.
+   * @throws Error when the loss or the gradient is not finite: it names step, loss and gradient norm, and parameters, buffers,
+   * optimiser and hook state are as they were before the step.
+   */
+  step(): Promise<StepReport>;
+  /**
+   * Steps until the end, `until` or an abort; never rejects because of an abort. Lets timers and signals in between steps.
+   * @throws UnsupportedError when neither `until` nor totalSteps says where to end.
+   */
+  run(options?: RunOptions): Promise<"done" | "aborted">;
+  /** Fixes the number of steps, once. */
+  setTotalSteps(totalSteps: number): void;
+  /** Loss and loads of other batches with the current parameters, without gradients. */
+  evaluate(batches: Iterable<B>): Promise<Evaluation>;
+  snapshot(): Promise<TrainerSnapshot>;
+  /**
+   * Takes over a snapshot's state. `seed` and `totalSteps` come from the snapshot where the options leave them out.
+   * @throws CheckpointError, before anything changes, when the snapshot does not fit this task and optimiser.
+   */
+  restore(snapshot: TrainerSnapshot): void;
+  /** Frees parameters, buffers and optimiser state. */
+  dispose(): void;
+}
+
+interface Parameter {
+  readonly path: string;
+  tensor: Tensor;
+  /** Empty until the first update of a parameter that was frozen at the start. */
+  slots: readonly Tensor[];
+  updates: number;
+}
+
+/**
+ * A trainer of `task`. `engine` is the one the task's tensors live on; recording for gradients is added here.
+ *
+ * Each step is synchronous up to its one transfer (losses, loads, metrics and gradient norm in one vector), and the update
+ * runs after it: what arrives decides the clipping, and a step that is not finite never reaches the parameters.
+ */
+export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOptions): Trainer<B> {
+  const { optimiser, schedule = constantRate(), clip = Infinity, accumulate = 1, hooks = [] } = options;
+  const decays = options.decay ?? ((_: string, shape: readonly number[]) => shape.length > 1);
+  checkOptions(options);
+  const recording = autodiff(engine);
+  const passes = Math.max(1, ...hooks.map((hook) => hook.passes ?? 1));
+
+  let seed = options.seed ?? 0;
+  let draws = random(engine, seed);
+  let totalSteps = options.totalSteps;
+  let steps = 0;
+  let batches = 0;
+  let history: StepReport[] = [];
+  let buffers: readonly Tree[] = task.routers.map((router) => router.buffers);
+  let busy = false;
+  let unusable: string | undefined;
+
+  // A tensor that stands at several places of the tree (tied weights) is one parameter, named after the first.
+  const parameters: Parameter[] = [];
+  const places = new Map<string, Parameter>();
+  for (const [path, tensor] of leaves(task.params)) {
+    const known = parameters.find((p) => p.tensor === tensor);
+    const parameter = known ?? { path, tensor, slots: [], updates: 0 };
+    if (!known) parameters.push(parameter);
+    places.set(path, parameter);
+  }
+  const treeOf = (leaf: (parameter: Parameter) => Tensor): Tree =>
+    mapTree(task.params, (_, path) => leaf(places.get(path) as Parameter));
+
+  /** Called inside a scope: hooks may compute their masks. */
+  const maskOf = (path: string): Tensor | false | undefined => {
+    let mask: Tensor | undefined;
+    for (const hook of hooks) {
+      const one = hook.updateMask?.(path);
+      if (one === false) return false;
+      if (one) mask = mask ? mul(mask, one) : one;
+    }
+    return mask;
+  };
+  const zeros = ({ tensor }: Parameter): Tensor[] =>
+    optimiser.slots.map(() => engine.tensor(new Float32Array(tensor.size), tensor.shape));
+  const trainable = (): Parameter[] => parameters.filter(({ path }) => maskOf(path) !== false);
+  const atStart = engine.scope(() => trainable().map((parameter) => ({ parameter, slots: zeros(parameter) })));
+  for (const { parameter, slots } of atStart) parameter.slots = slots;
+
+  const progress = (): { step: number; totalSteps?: number } => ({
+    step: steps,
+    ...(totalSteps === undefined ? {} : { totalSteps }),
+  });
+  const observe: PassInfo["observe"] = (parameter, layer, rows, ends) => {
+    for (const hook of hooks) hook.observe?.(parameter, layer, lower(rows), lower(ends));
+  };
+  const observing = hooks.some((hook) => hook.observe) ? { observe } : {};
+  const rate = (): number => optimiser.learningRate * schedule(steps, totalSteps ?? Infinity);
+
+  /** Forward and gradient of one micro-batch. The results outlive the scope it runs in; the graph does not. */
+  const differentiate = (
+    microBatch: number,
+    params: readonly (readonly [Parameter, Tensor])[],
+    settings: Pick<PassInfo, "schedule" | "globalLoad">,
+    tally: Tally,
+  ): { gradients: readonly Tensor[]; loads: readonly Tensor[] } => {
+    const batch = task.batch(batches + microBatch);
+    const about = task.info?.(batch) ?? {};
+    const { labels, mask } = about;
+    const info: StepInfo = { ...progress(), ...(labels ? { labels } : {}), ...(mask ? { mask } : {}) };
+    const watched = new Map(params);
+    const tree = treeOf((parameter) => watched.get(parameter) ?? parameter.tensor);
+    const share = 1 / (accumulate * passes);
+    const combining = hooks.find((hook) => hook.combine);
+    const done: Pass[] = [];
+    const loads: Tensor[] = [];
+
+    let objective: Tensor | undefined;
+    const include = (value: Tensor, weight: number, what: string): void => {
+      const term = mul(one(value, what), weight);
+      objective = objective ? add(objective, term) : term;
+    };
+    for (let pass = 0; pass < passes; pass++) {
+      const out = task.forward(tree, buffers, batch, {
+        ...progress(),
+        ...settings,
+        ...observing,
+        training: true,
+        pass,
+        microBatch,
+        random: draws.at(steps, pass, microBatch),
+      });
+      done.push(out);
+      loads.push(...tally.pass(out, share));
+      if (pass === 0) tally.tokens(out, about);
+      if (!combining) include(out.loss, share, "the task's loss");
+      const add = (name: string, value: Tensor, weight: number): void => {
+        if (weight !== 0) include(value, weight * share, `loss "${name}"`);
+        tally.loss(name, value, weight * share);
+      };
+      for (const { losses } of out.layers) {
+        for (const [name, { value, weight }] of Object.entries(losses)) add(name, value, weight);
+      }
+      for (const hook of hooks) if (hook.loss) add(hook.name, hook.loss(out.layers, info), 1);
+    }
+    if (combining?.combine) {
+      const combined = combining.combine(done, info);
+      include(combined, 1 / accumulate, `what hook "${combining.name}" combined`);
+      // Reported as what it adds to the mean of the passes' losses.
+      tally.loss(combining.name, combined, 1 / accumulate);
+      for (const { loss } of done) tally.loss(combining.name, loss, -share);
+    }
+    if (objective?.engine !== recording) {
+      throw new UnsupportedError(
+        `trainer: the loss does not depend on any trained parameter; forward must use the params it is given` +
+          (params.length === 0 ? ", and hooks freeze every one of them" : ""),
+      );
+    }
+    return {
+      gradients: grad(
+        objective,
+        params.map(([, tensor]) => tensor),
+      ),
+      loads: lower(loads),
+    };
+  };
+
+  /** Everything of a step before the transfer. */
+  const forwardAndBackward = (
+    tally: Tally,
+  ): { gradients: readonly Tensor[]; active: readonly Parameter[]; vector: Tensor } =>
+    engine.scope(() => {
+      const settings = Object.assign({}, ...hooks.map((hook) => hook.beforeStep?.(progress())));
+      const active = trainable();
+      const watched = watch(
+        recording,
+        active.map(({ tensor }) => tensor),
+      );
+      const params = active.map((parameter, i) => [parameter, at(watched, i)] as const);
+      let gradients: readonly Tensor[] | undefined;
+      let loads: readonly Tensor[] | undefined;
+      for (let microBatch = 0; microBatch < accumulate; microBatch++) {
+        const found = engine.scope(() => {
+          const globalLoad = options.globalBalance ? loads?.map((load) => div(load, maximum(sum(load), 1))) : undefined;
+          const given = { schedule: settings, ...(globalLoad ? { globalLoad } : {}) };
+          const results = differentiate(microBatch, params, given, tally);
+          return { ...results, parts: tally.parts, states: hooks.map((hook) => hook.state) };
+        });
+        gradients = addAll(gradients, found.gradients);
+        loads = addAll(loads, found.loads);
+      }
+      const final = active.map(({ path, tensor }, i) => {
+        let gradient = at(gradients ?? [], i);
+        for (const hook of hooks) gradient = hook.transformGradient?.(path, gradient, progress()) ?? gradient;
+        const mask = maskOf(path);
+        if (mask) gradient = mul(gradient, mask);
+        if (gradient.shape.join() === tensor.shape.join()) return gradient;
+        throw new ShapeError(
+          `trainer: hooks turned the gradient of "${path}", ${show(tensor)}, into ${show(gradient)}`,
+        );
+      });
+      tally.norm(final);
+      return { gradients: final, active, vector: tally.vector(), states: hooks.map((hook) => hook.state) };
+    });
+
+  /** Everything of a step after the transfer. From here on the old parameters are being overwritten. */
+  const update = (active: readonly Parameter[], gradients: readonly Tensor[], gradientNorm: number): void => {
+    const learningRate = rate();
+    unusable = `the update of step ${steps} failed half-way`;
+    const results = engine.scope(() => {
+      const scale = engine.tensor(Float64Array.of(Math.min(1, clip / gradientNorm)), []);
+      return active.map((parameter, i) => {
+        const { path, tensor, updates } = parameter;
+        const mask = maskOf(path);
+        const slots = parameter.slots.length > 0 ? parameter.slots : zeros(parameter);
+        const [changed, ...changedSlots] = optimiser.update(
+          mask ? tensor : engine.give(tensor),
+          engine.give(at(gradients, i)),
+          slots.map((slot) => engine.give(slot)),
+          { scale, learningRate, decay: decays(path, tensor.shape), update: updates + 1 },
+        ) as [Tensor, ...Tensor[]];
+        return { changed: mask ? where(mask, changed, tensor) : changed, slots: changedSlots };
+      });
+    });
+    results.forEach(({ changed, slots }, i) => {
+      const parameter = at(active, i);
+      parameter.tensor.dispose();
+      parameter.tensor = changed;
+      parameter.slots = slots;
+      parameter.updates++;
+    });
+    unusable = undefined;
+  };
+
+  const usable = (what: string): void => {
+    if (busy) throw new UnsupportedError(`trainer: ${what} while a step is running; await it first`);
+    if (unusable) throw new UnsupportedError(`trainer: ${what}: ${unusable}; restore a snapshot or make a new trainer`);
+  };
+
+  const step = async (): Promise<StepReport> => {
+    usable("step");
+    busy = true;
+    const started = performance.now();
+    const before = hooks.map((hook) => hook.state);
+    const tally = tallyOf(task.routers.length);
+    let gradients: readonly Tensor[] = [];
+    try {
+      const found = forwardAndBackward(tally);
+      gradients = found.gradients;
+      await tally.read(found.vector);
+      const { loss, losses, gradientNorm, tokens } = tally.result;
+      const total = Object.values(losses).reduce((sum, value) => sum + value, loss);
+      if (!Number.isFinite(total) || !Number.isFinite(gradientNorm)) {
+        throw new Error(
+          `step ${steps} is not finite: loss ${loss}, ${describe(losses)}gradient norm ${gradientNorm} ` +
+            `(batches ${batches} to ${batches + accumulate - 1}); parameters, buffers and optimiser are as before this step. ` +
+            "Lower the learning rate, warm up longer, or look for a log or a division by zero in the loss",
+        );
+      }
+      const [loads, metrics] = [tally.loads(), tally.metrics()];
+      const statistics: StepStatistics[] = loads.map((load, layer) => ({
+        ...progress(),
+        tokens: tokens * passes,
+        load,
+        metrics: at(metrics, layer),
+      }));
+      const changed = engine.scope(() =>
+        task.routers.map((router, layer) => {
+          const old = at(buffers, layer);
+          return router.afterStep ? router.afterStep(statistics, old) : old;
+        }),
+      );
+      const learningRate = rate();
+      update(found.active, gradients, gradientNorm);
+      replaced(buffers, changed);
+      buffers = changed;
+      hooks.forEach((hook, i) => void replaced([before[i]], [hook.state]));
+      const report: StepReport = {
+        step: steps,
+        loss,
+        total,
+        losses,
+        gradientNorm,
+        learningRate,
+        loads,
+        metrics,
+        tokens,
+        seconds: (performance.now() - started) / 1000,
+      };
+      history.push(report);
+      steps++;
+      batches += accumulate;
+      return report;
+    } catch (error) {
+      hooks.forEach((hook, i) => {
+        replaced([hook.state], [before[i]]);
+        setState(hook, before[i]);
+      });
+      throw error;
+    } finally {
+      for (const gradient of gradients) gradient.dispose();
+      busy = false;
+    }
+  };
+
+  const named = (): Record<string, Tensor> => {
+    const all: Record<string, Tensor> = {};
+    for (const { path, tensor, slots } of parameters) {
+      all[`params.${path}`] = tensor;
+      slots.forEach((slot, i) => void (all[`optimiser.${optimiser.slots[i]}.${path}`] = slot));
+    }
+    for (const [path, tensor] of leaves(buffers)) all[`buffers.${path}`] = tensor;
+    for (const hook of hooks) {
+      for (const [path, tensor] of leaves(hook.state ?? [])) all[`hooks.${hook.name}.${path}`] = tensor;
+    }
+    return all;
+  };
+
+  const snapshot = async (): Promise<TrainerSnapshot> => {
+    usable("snapshot");
+    const json: Json = {
+      format: FORMAT,
+      optimiser: optimiser.name,
+      seed,
+      steps,
+      batches,
+      totalSteps: totalSteps ?? null,
+      updates: Object.fromEntries(parameters.map(({ path, updates }) => [path, updates])),
+      slots: parameters.filter(({ slots }) => slots.length > 0).map(({ path }) => path),
+      hooks: Object.fromEntries(hooks.map(({ name, state }) => [name, state ? outline(state, `hooks.${name}`) : null])),
+      history: encode(history),
+    };
+    // All transfers are ordered before anything is awaited, so that a step started meanwhile cannot mix two states.
+    const reads = Object.entries(named()).map(
+      async ([name, x]) => [name, { data: await x.data(), shape: x.shape, dtype: x.dtype }] as const,
+    );
+    return { arrays: Object.fromEntries(await Promise.all(reads)), json };
+  };
+
+  const restore = ({ arrays, json }: TrainerSnapshot): void => {
+    if (busy) throw new UnsupportedError("trainer: restore while a step is running; await it first");
+    const head = readHead(json);
+    if (head.optimiser !== optimiser.name) {
+      throw new CheckpointError(
+        `restore: the snapshot is of a run with ${head.optimiser}, this trainer uses ${optimiser.name}`,
+      );
+    }
+    const expected = new Map<string, readonly number[] | undefined>();
+    for (const { path, tensor } of parameters) {
+      expected.set(`params.${path}`, tensor.shape);
+      if (head.slots.includes(path))
+        for (const slot of optimiser.slots) expected.set(`optimiser.${slot}.${path}`, tensor.shape);
+    }
+    for (const [path, { shape }] of leaves(buffers)) expected.set(`buffers.${path}`, shape);
+    for (const { name } of hooks) {
+      if (!(name in head.hooks))
+        throw new CheckpointError(
+          `restore: the snapshot's run had no hook "${name}"; it had ${list(Object.keys(head.hooks))}`,
+        );
+      for (const array of outlined(head.hooks[name] ?? null)) expected.set(array, undefined);
+    }
+    const problems = [...expected].flatMap(([name, shape]) => {
+      const found = arrays[name];
+      if (!found) return [`${name} is missing`];
+      if (shape && found.shape.join() !== shape.join())
+        return [`${name} is [${found.shape.join(", ")}], expected [${shape.join(", ")}]`];
+      return [];
+    });
+    for (const name of Object.keys(arrays)) if (!expected.has(name)) problems.push(`${name} is not part of this run`);
+    if (problems.length > 0) {
+      throw new CheckpointError(`restore: the snapshot is of another model, router or hook: ${list(problems, 4)}`);
+    }
+
+    // Everything new is made before anything old goes, so that a failure leaves the trainer as it is.
+    const made = engine.scope(() => {
+      const make = (name: string): Tensor => {
+        const { data, shape, dtype } = arrays[name] as SnapshotArray;
+        return engine.tensor(data, shape, dtype);
+      };
+      return {
+        parameters: parameters.map(({ path }) => ({
+          tensor: make(`params.${path}`),
+          slots: head.slots.includes(path) ? optimiser.slots.map((slot) => make(`optimiser.${slot}.${path}`)) : [],
+          updates: head.updates[path] ?? 0,
+        })),
+        buffers: mapTree(buffers, (_, path) => make(`buffers.${path}`)),
+        states: hooks.map(({ name }) => revive(head.hooks[name] ?? null, make)),
+      };
+    });
+    for (const tensor of Object.values(named())) tensor.dispose();
+    parameters.forEach((parameter, i) => void Object.assign(parameter, made.parameters[i]));
+    buffers = made.buffers;
+    hooks.forEach((hook, i) => void setState(hook, made.states[i]));
+    seed = options.seed ?? head.seed;
+    draws = random(engine, seed);
+    totalSteps = options.totalSteps ?? head.totalSteps ?? undefined;
+    ({ steps, batches } = head);
+    history = [...head.history];
+    unusable = undefined;
+  };
+
+  return {
+    get steps() {
+      return steps;
+    },
+    get totalSteps() {
+      return totalSteps;
+    },
+    get params() {
+      return treeOf(({ tensor }) => tensor);
+    },
+    get buffers() {
+      return buffers;
+    },
+    get history() {
+      return history;
+    },
+    step,
+
+    async run({ until, signal, onStep, checkpointEvery, onCheckpoint } = {}) {
+      let breath = performance.now();
+      for (;;) {
+        const end = until ?? totalSteps;
+        if (end === undefined) {
+          throw new UnsupportedError("trainer.run: nothing says where to end; pass until, or call setTotalSteps first");
+        }
+        if (steps >= end) return "done";
+        if (signal?.aborted) return "aborted";
+        await onStep?.(await step());
+        if (checkpointEvery && steps % checkpointEvery === 0) await onCheckpoint?.(await snapshot());
+        // Awaiting what is already there never reaches the event loop, and a signal handler could not run.
+        if (performance.now() - breath > 50) {
+          await new Promise((resolve) => setTimeout(resolve, 0));
+          breath = performance.now();
+        }
+      }
+    },
+
+    setTotalSteps(count) {
+      if (totalSteps !== undefined) {
+        throw new UnsupportedError(
+          `trainer.setTotalSteps(${count}): the number of steps is fixed already, at ${totalSteps}`,
+        );
+      }
+      if (!(Number.isInteger(count) && count >= 0)) {
+        throw new ShapeError(`trainer.setTotalSteps: needs a whole number of steps, found ${count}`);
+      }
+      totalSteps = count;
+    },
+
+    async evaluate(some) {
+      usable("evaluate");
+      const tally = tallyOf(task.routers.length);
+      let weighted = 0;
+      let tokens = 0;
+      let index = 0;
+      for (const batch of some) {
+        const one = tallyOf(task.routers.length);
+        const vector = engine.scope(() => {
+          const out = task.forward(
+            treeOf(({ tensor }) => tensor),
+            buffers,
+            batch,
+            {
+              ...progress(),
+              training: false,
+              pass: 0,
+              microBatch: 0,
+              random: draws.at("evaluate", index),
+              schedule: {},
+            },
+          );
+          one.pass(out, 1);
+          one.tokens(out, task.info?.(batch) ?? {});
+          return one.vector();
+        });
+        await one.read(vector);
+        tally.merge(one);
+        weighted += one.result.loss * one.result.tokens;
+        tokens += one.result.tokens;
+        index++;
+      }
+      if (tokens === 0) throw new ShapeError(`trainer.evaluate: ${index} batches without a single token`);
+      return { loss: weighted / tokens, loads: tally.loads(), metrics: tally.metrics(), tokens };
+    },
+
+    snapshot,
+    restore,
+
+    dispose() {
+      if (busy) throw new UnsupportedError("trainer: dispose while a step is running; await it first");
+      for (const tensor of Object.values(named())) tensor.dispose();
+      unusable = "it was disposed";
+    },
+  };
+}
+
+const FORMAT = "switchyard-trainer-1";
+
+// ---------------------------------------------------------------- numbers of a step
+type Tally = ReturnType<typeof tallyOf>;
+
+/** Gathers the small tensors of a step for one transfer, and what they say after it. */
+function tallyOf(layers: number) {
+  const parts: Tensor[] = [];
+  const takers: { readonly size: number; take(values: TypedArray): void }[] = [];
+  // Per layer and metric, what each forward pass said.
+  const found: Record<string, TypedArray[]>[] = Array.from({ length: layers }, () => ({}));
+  const result = { loss: 0, losses: {} as Record<string, number>, gradientNorm: 0, tokens: 0 };
+
+  const collect = (x: Tensor, take: (values: TypedArray) => void): void => {
+    parts.push(reshape(cast(lower(x), "f32"), [x.size]));
+    takers.push({ size: x.size, take });
+  };
+  const collectOne = (x: Tensor, take: (value: number) => void): void =>
+    collect(x, (values) => take(values[0] as number));
+  const summed = (name: string, lists: readonly TypedArray[], weight: number): Float64Array => {
+    const total = new Float64Array(lists[0]?.length ?? 0);
+    for (const values of lists) {
+      if (values.length !== total.length) {
+        throw new ShapeError(`metric "${name}" has ${total.length} values in one pass and ${values.length} in another`);
+      }
+      total.forEach((sum, i) => void (total[i] = sum + (values[i] as number) * weight));
+    }
+    return total;
+  };
+  return {
+    result,
+    parts,
+    found,
+    /** One forward pass that makes up `share` of the step; returns the loads of its layers. */
+    pass(out: Pass, share: number): readonly Tensor[] {
+      if (out.layers.length !== layers) {
+        throw new ShapeError(
+          `trainer: forward returned ${out.layers.length} MoE layers, the task has ${layers} routers`,
+        );
+      }
+      collectOne(one(out.loss, "the task's loss"), (value) => void (result.loss += value * share));
+      return out.layers.map(({ metrics }, layer) => {
+        const load = metrics?.load;
+        if (!load) {
+          throw new ShapeError(
+            `trainer: MoE layer ${layer} has no metrics.load; run it through moe(), or add expertLoad(plan)`,
+          );
+        }
+        const lists = at(found, layer);
+        for (const [name, x] of Object.entries(metrics)) {
+          collect(x, (values) => void (lists[name] = [...(lists[name] ?? []), values]));
+        }
+        return load;
+      });
+    },
+    tokens({ logits }: Pass, { mask, tokens }: BatchInfo): void {
+      if (tokens === undefined && mask) collectOne(sum(mask), (value) => void (result.tokens += value));
+      else result.tokens += tokens ?? logits.size / (logits.shape.at(-1) || 1);
+    },
+    loss(name: string, value: Tensor, weight: number): void {
+      collectOne(
+        one(value, `loss "${name}"`),
+        (x) => void (result.losses[name] = (result.losses[name] ?? 0) + x * weight),
+      );
+    },
+    norm(gradients: readonly Tensor[]): void {
+      const squares = concat(
+        gradients.map((gradient) => reshape(sumSquares(gradient), [1])),
+        0,
+      ); // [parameters]
+      collectOne(sum(squares), (value) => void (result.gradientNorm = Math.sqrt(value)));
+    },
+    vector: (): Tensor => concat(parts, 0),
+    async read(vector: Tensor): Promise<void> {
+      try {
+        const values = await vector.data();
+        let from = 0;
+        for (const { size, take } of takers) take(values.slice(from, (from += size)));
+      } finally {
+        vector.dispose();
+      }
+    },
+    /** Takes over the metrics of another tally that was read. */
+    merge(other: { readonly found: typeof found }): void {
+      other.found.forEach((lists, layer) => {
+        const into = at(found, layer);
+        for (const [name, more] of Object.entries(lists)) into[name] = [...(into[name] ?? []), ...more];
+      });
+    },
+    loads: (): Float64Array[] => found.map(({ load = [] }) => summed("load", load, 1)),
+    metrics: (): Record<string, Float64Array>[] =>
+      found.map(({ load: _, ...lists }) =>
+        Object.fromEntries(Object.entries(lists).map(([name, all]) => [name, summed(name, all, 1 / all.length)])),
+      ),
+  };
+}
+
+const one = (x: Tensor, what: string): Tensor => {
+  if (x.size === 1) return reshape(x, []);
+  throw new ShapeError(`trainer: ${what} must be one number, it is ${show(x)}; average or sum it first`);
+};
+
+/** Sums tensor by tensor, into the storage of the first list where that is possible. */
+const addAll = (sums: readonly Tensor[] | undefined, more: readonly Tensor[]): readonly Tensor[] =>
+  sums?.map((x, i) => {
+    const y = at(more, i);
+    const total = add(x.engine.give(x), y);
+    y.dispose();
+    return total;
+  }) ?? more;
+
+const describe = (losses: Readonly<Record<string, number>>): string =>
+  Object.entries(losses)
+    .map(([name, value]) => `${name} ${value}, `)
+    .join("");
+
+/** Disposes the leaves of `old` that are not part of `now`. */
+function replaced(old: readonly (Tree | undefined)[], now: readonly (Tree | undefined)[]): void {
+  const kept = new Set(now.flatMap((tree) => leaves(tree ?? []).map(([, leaf]) => leaf)));
+  for (const tree of old) for (const [, leaf] of leaves(tree ?? [])) if (!kept.has(leaf)) leaf.dispose();
+}
+
+function setState(hook: TrainingHook, state: Tree | undefined): void {
+  if (hook.state === state) return;
+  if (state === undefined) delete hook.state;
+  else hook.state = state;
+}
+
+// ---------------------------------------------------------------- snapshots as JSON
+interface Head {
+  readonly optimiser: string;
+  readonly seed: number;
+  readonly steps: number;
+  readonly batches: number;
+  readonly totalSteps: number | null;
+  readonly updates: Readonly<Record<string, number>>;
+  readonly slots: readonly string[];
+  readonly hooks: Readonly<Record<string, Json>>;
+  readonly history: readonly StepReport[];
+}
+
+const isRecord = (x: unknown): x is Readonly<Record<string, unknown>> =>
+  typeof x === "object" && x !== null && !Array.isArray(x);
+
+function readHead(json: Json): Head {
+  const head: Readonly<Record<string, unknown>> = isRecord(json) ? json : {};
+  if (head.format !== FORMAT) {
+    throw new CheckpointError(
+      `restore: not a trainer snapshot of this version: format is ${head.format}, expected ${FORMAT}`,
+    );
+  }
+  const kinds: Record<string, (x: unknown) => boolean> = {
+    optimiser: (x) => typeof x === "string",
+    seed: Number.isFinite,
+    steps: Number.isInteger,
+    batches: Number.isInteger,
+    totalSteps: (x) => x === null || Number.isInteger(x),
+    updates: isRecord,
+    slots: Array.isArray,
+    hooks: isRecord,
+    history: Array.isArray,
+  };
+  for (const [name, fits] of Object.entries(kinds)) {
+    if (!fits(head[name]))
+      throw new CheckpointError(`restore: the snapshot is damaged: "${name}" is ${JSON.stringify(head[name])}`);
+  }
+  return {
+    ...(head as Readonly<Record<string, unknown>> & Head),
+    history: decode(head.history as Json) as StepReport[],
+  };
+}
+
+/** JSON has no infinities, no NaN, no -0 and no typed arrays; reports have. */
+function encode(value: unknown): Json {
+  if (typeof value === "number")
+    return Number.isFinite(value) && !Object.is(value, -0)
+      ? value
+      : { number: Object.is(value, -0) ? "-0" : `${value}` };
+  if (value instanceof Float64Array) return { float64: Array.from(value, encode) };
+  if (Array.isArray(value)) return value.map(encode);
+  if (isRecord(value))
+    return { record: Object.fromEntries(Object.entries(value).map(([key, item]) => [key, encode(item)])) };
+  throw new TypeError(`a report holds ${String(value)}`);
+}
+
+function decode(json: Json): unknown {
+  if (!isRecord(json)) return Array.isArray(json) ? json.map(decode) : json;
+  if ("number" in json) return Number(json.number);
+  if ("float64" in json) return Float64Array.from(decode(json.float64 as Json) as number[]);
+  return Object.fromEntries(
+    Object.entries(json.record as { [key: string]: Json }).map(([key, item]) => [key, decode(item)]),
+  );
+}
+
+/** The tree with array names in place of its leaves. */
+const outline = (tree: Tree, name: string): Json => {
+  const names = new Map(leaves(tree).map(([path, leaf]) => [leaf, path === "" ? name : `${name}.${path}`]));
+  const visit = (node: Tree): Json => {
+    const leaf = names.get(node as Tensor);
+    if (leaf !== undefined) return leaf;
+    if (Array.isArray(node)) return node.map(visit);
+    return Object.fromEntries(Object.entries(node).map(([key, child]) => [key, visit(child as Tree)]));
+  };
+  return visit(tree);
+};
+
+const outlined = (json: Json): string[] => {
+  if (typeof json === "string") return [json];
+  return typeof json === "object" && json !== null ? Object.values(json).flatMap(outlined) : [];
+};
+
+const revive = (json: Json, make: (name: string) => Tensor): Tree | undefined => {
+  const visit = (node: Json): Tree => {
+    if (typeof node === "string") return make(node);
+    if (Array.isArray(node)) return node.map(visit);
+    return Object.fromEntries(Object.entries(node ?? {}).map(([key, child]) => [key, visit(child as Json)]));
+  };
+  return json === null ? undefined : visit(json);
+};
+
+const list = (items: readonly string[], most = 8): string =>
+  items.length === 0
+    ? "none"
+    : items.slice(0, most).join("; ") + (items.length > most ? `; and ${items.length - most} more` : "");
+
+// ---------------------------------------------------------------- checks
+function checkOptions({ accumulate = 1, clip = Infinity, totalSteps = 0, hooks = [] }: TrainerOptions): void {
+  const whole = (name: string, value: number, fewest: number): void => {
+    if (Number.isInteger(value) && value >= fewest) return;
+    throw new ShapeError(`trainer: ${name} must be a whole number from ${fewest} up, found ${value}`);
+  };
+  whole("accumulate", accumulate, 1);
+  whole("totalSteps", totalSteps, 0);
+  for (const { name, passes = 1 } of hooks) whole(`passes of hook "${name}"`, passes, 1);
+  if (!(clip > 0)) throw new ShapeError(`trainer: clip must be above 0, found ${clip}`);
+  const names = hooks.map(({ name }) => name);
+  if (new Set(names).size < names.length)
+    throw new ShapeError(`trainer: hooks need different names, found ${list(names)}`);
+  const combining = hooks.filter((hook) => hook.combine).map(({ name }) => name);
+  if (combining.length > 1)
+    throw new UnsupportedError(`trainer: only one hook can combine passes, found ${list(combining)}`);
+}

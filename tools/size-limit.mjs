@@ -1,0 +1,34 @@
+// Size budgets: what a browser downloads for one subpath, bundled, minified and gzipped, without the package's peers.
+import { readFileSync } from "node:fs";
+
+/**
+ * Budget per package and subpath; "*" stands for every subpath that is not named.
+ * @type {Record<string, Record<string, string>>}
+ */
+const budgets = {
+  "@switchyard/core": { "*": "20 kB" },
+  "@switchyard/routers": { ".": "40 kB", "*": "4 kB" },
+  "@switchyard/kernels": { "*": "60 kB" },
+};
+const otherwise = { "*": "60 kB" };
+
+/** The configuration for the package in the current folder: one check per exported subpath. */
+export function limits() {
+  const { name, exports } = JSON.parse(readFileSync("package.json", "utf8"));
+  /** @type {Record<string, string>} */
+  const budget = budgets[name] ?? otherwise;
+  return Object.entries(exports)
+    .filter(([, target]) => typeof target === "object")
+    .map(([subpath, target]) => ({
+      name: name + subpath.slice(1),
+      path: target.default,
+      limit: budget[subpath] ?? budget["*"],
+      gzip: true,
+      // Built-in modules stay imports: code for Node beside code for browsers loads them behind a check.
+      modifyEsbuildConfig: (/** @type {{ external?: string[] }} */ config) => ({
+        ...config,
+        format: "esm",
+        external: [...(config.external ?? []), "node:*"],
+      }),
+    }));
+}
