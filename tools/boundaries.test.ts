@@ -110,6 +110,16 @@ describe("violations", () => {
       { peerDependencies: { "@switchyard/core": "*" } },
       "the range of @switchyard/core is *, not ^0.1.0",
     ],
+    [
+      "an older range",
+      { peerDependencies: { "@switchyard/core": "^0.0.9" } },
+      "the range of @switchyard/core is ^0.0.9",
+    ],
+    [
+      "a later range",
+      { peerDependencies: { "@switchyard/core": "^0.1.1" } },
+      "the range of @switchyard/core is ^0.1.1",
+    ],
     ["a peer that is not built before", { devDependencies: {} }, "turbo orders builds by it"],
     [
       "a wrong edge",

@@ -81,8 +81,8 @@ function manifestFaults({ folder, manifest, licence }: Package, versions: Readon
     const to = short(dependency);
     expect(reaches(name, to, allowed) || reaches(name, to, allowedTypes), `${name} must not depend on ${to}`);
     const version = versions.get(dependency);
-    expect(version !== undefined, `${dependency} is not in this repository`);
-    expect(range === `^${version}`, `the range of ${dependency} is ${range}, not ^${version}`);
+    if (!version) faults.push(`${folder}/package.json: ${dependency} is not in this repository`);
+    else expect(accepts(range, version), `the range of ${dependency} is ${range}, not ^${version}`);
   }
   for (const peer of Object.keys(manifest.peerDependencies ?? {}).filter(internal)) {
     expect(
@@ -194,6 +194,17 @@ function packageOf(specifier: string): string {
 
 function reaches(from: string, to: string, edges: Edges): boolean {
   return edges[from]?.includes(to) ?? false;
+}
+
+/** Does the range `^1.2.3` accept the version? Changesets keeps these ranges, and writes no other form. */
+function accepts(range: string, version: string): boolean {
+  if (!/^\^\d+\.\d+\.\d+$/.test(range)) return false;
+  const wanted = range.slice(1).split(".").map(Number);
+  const found = version.split(".").map(Number);
+  // The first number that is not 0 must be the same, the rest at least as large.
+  const fixed = wanted.findIndex((n) => n > 0);
+  const differs = found.findIndex((n, i) => n !== wanted[i]);
+  return differs < 0 || (fixed >= 0 && differs > fixed && found[differs]! > wanted[differs]!);
 }
 
 function declared(manifest: Manifest, name: string, development: boolean): boolean {

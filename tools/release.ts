@@ -10,7 +10,7 @@ import { basename, join } from "node:path";
 import { parseArgs } from "node:util";
 import { root } from "./child.mjs";
 import { npm, pack } from "./pack.ts";
-import { readPackages } from "./workspace.ts";
+import { type Manifest, readPackages } from "./workspace.ts";
 
 const { values } = parseArgs({ options: { "dry-run": { type: "boolean", default: false } } });
 if (values["dry-run"]) dryRun();
@@ -43,23 +43,30 @@ function dryRun(): void {
     if (pendingChangesets().length > 0) changeset(["version"], copy);
     const rows = published.map(({ folder, manifest }) => {
       const packed = pack(join(copy, folder), copy);
-      return [
-        packed.name,
-        manifest.version,
-        packed.version,
-        `${(packed.bytes / 1000).toFixed(1)} kB`,
-        `${packed.files} files`,
-      ];
+      const size = `${(packed.bytes / 1000).toFixed(1)} kB in ${packed.files} files`;
+      return [packed.name, `${manifest.version} -> ${packed.version}`, size, needs(join(copy, folder))];
     });
-    const widths = [0, 1, 2, 3, 4].map((column) => Math.max(...rows.map((row) => row[column]!.length)));
-    for (const row of rows) {
-      const [name, before, after, size, files] = row.map((cell, column) => cell.padEnd(widths[column]!));
-      console.log(`${name}  ${before} -> ${after}  ${size}  ${files}`.trimEnd());
-    }
+    const widths = [0, 1, 2].map((column) => Math.max(...rows.map((row) => row[column]!.length)));
+    for (const row of rows)
+      console.log(
+        row
+          .map((cell, column) => cell.padEnd(widths[column] ?? 0))
+          .join("  ")
+          .trimEnd(),
+      );
     console.log(`${rows.length} packages packed. Nothing was changed or published.`);
   } finally {
     rmSync(copy, { recursive: true });
   }
+}
+
+/** The ranges of our own packages in the package.json of `folder`. */
+function needs(folder: string): string {
+  const { dependencies, peerDependencies }: Manifest = JSON.parse(readFileSync(join(folder, "package.json"), "utf8"));
+  const ranges = Object.entries({ ...dependencies, ...peerDependencies }).filter(([name]) =>
+    name.startsWith("@switchyard/"),
+  );
+  return ranges.length > 0 ? `needs ${ranges.map(([name, range]) => `${name.split("/")[1]} ${range}`).join(", ")}` : "";
 }
 
 function changeset(args: readonly string[], folder: string): void {

@@ -104,7 +104,7 @@ describe("contender", () => {
     const host = engine(cpu());
     const x = host.tensor(Float32Array.of(1, 2, 3), [3]);
     let runs = 0;
-    const one = contender("cpu", host, {
+    const one = contender("cpu", {
       run() {
         runs++;
         return host.tensor(Float32Array.of(runs, 7), [2]);

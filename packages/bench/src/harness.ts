@@ -11,6 +11,7 @@ export interface Benchmark<C> {
 }
 
 export interface Workload {
+  /** Enqueues the work once. The result belongs to the caller; temporaries are gone when it returns. */
   run(): Tensor;
   readonly flops: number;
   readonly bytes: number;
@@ -160,17 +161,17 @@ export async function synchronise(x: Tensor): Promise<void> {
   corner.dispose();
 }
 
-/** One of our engines doing `workload`, as a contender. */
-export function contender(name: string, engine: Engine, workload: Workload): Contender {
+/** A workload on one of our engines, as a contender. */
+export function contender(name: string, workload: Workload): Contender {
   return {
     name,
     async run() {
-      const y = engine.scope(() => workload.run());
+      const y = workload.run();
       await synchronise(y);
       y.dispose();
     },
     async output() {
-      const y = engine.scope(() => workload.run());
+      const y = workload.run();
       const data = await y.data();
       y.dispose();
       return data;

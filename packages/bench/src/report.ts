@@ -41,9 +41,9 @@ h3 .plot, .legend .plot, td .plot, th .plot { display: inline-block; width: 44px
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .9rem; margin: .4rem 0; }
 .legend span { display: inline-flex; align-items: center; gap: .4rem; }
 table { border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; margin: 1rem 0 .4rem; }
-th, td { padding: .45rem .5rem; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: bottom; }
+th, td { padding: .45rem .5rem; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: top; }
 th:first-child, td:first-child { text-align: left; white-space: nowrap; }
-thead th { font-weight: 500; color: var(--muted); line-height: 1.25; border-bottom: 1.5px solid var(--ink); }
+thead th { vertical-align: bottom; font-weight: 500; color: var(--muted); line-height: 1.25; border-bottom: 1.5px solid var(--ink); }
 td { white-space: nowrap; } td small { display: block; color: var(--muted); font-weight: 400; }
 tbody th { font-weight: 600; } tr.baseline :is(th, td) { color: var(--muted); font-weight: 400; }
 .best { font-weight: 700; } .best::before { content: "▸ "; color: var(--accent); }
@@ -185,14 +185,14 @@ function tableHtml(results: Results, styles: ReadonlyMap<string, Style>): string
     const cells = columns.map((column, i) => {
       const best = i === 0 && row.bitsPerByte.mean === least && results.summary.length > 1 ? ' class="best"' : "";
       const text = escapeHtml(column.text(row)).replace(/ (± [\d.]+)/, "<small>$1</small>");
-      return `<td${best} data-label="${column.title}">${text}</td>`;
+      return `<td${best} data-label="${column.title}"><span>${text}</span></td>`;
     });
     const style = styles.get(row.router);
     return `<tr><th scope="row">${style === undefined ? "" : swatch(style)} ${escapeHtml(row.router)}</th>${cells.join("")}</tr>`;
   });
   const baselines = results.baselines.map(
     ({ name, bitsPerByte }) =>
-      `<tr class="baseline"><th scope="row">${escapeHtml(name)}</th><td data-label="bits/byte">${bitsPerByte.toFixed(3)}</td>` +
+      `<tr class="baseline"><th scope="row">${escapeHtml(name)}</th><td data-label="bits/byte"><span>${bitsPerByte.toFixed(3)}</span></td>` +
       `${columns.slice(1).map(() => "<td></td>").join("")}</tr>`,
   );
   const heads = columns.map(({ title, meaning }) => `<th scope="col" title="${escapeHtml(meaning)}">${title}</th>`);
@@ -261,7 +261,7 @@ export function renderReport(results: Results): string {
 ${tableHtml(results, styles)}
 <details class="note"><summary>What the columns say</summary>${factsHtml(columns.map(({ title: name, meaning }) => [name, meaning]))}</details>
 <h2>Learning</h2>
-<figure>${lossFigure(results)}
+<figure><div class="narrow"><div class="legend">${legend.join("")}</div></div>${lossFigure(results)}
 <figcaption>Bits per byte. Bold with markers: held-out text, mean over the domains; thin: the training batches.
 Dotted: byte models with Witten-Bell smoothing, trained and measured on the same text.</figcaption></figure>
 <figure>${domainFigure(results)}

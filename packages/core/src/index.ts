@@ -16,3 +16,17 @@ export * from "./ops/attention.ts";
 export * from "./ops/experts.ts";
 export * from "./ops/optimiser.ts";
 export { counted, type OpCount } from "./counted.ts";
+export { type AdamwOptions, adamw, type Optimiser, type SgdOptions, sgd, type UpdateInfo } from "./optim.ts";
+export { constantRate, cosineDecay, linearDecay, type Schedule, warmUp, wsd } from "./schedule.ts";
+export type { Json, SnapshotArray, TrainerSnapshot } from "./snapshot.ts";
+export {
+  type BatchInfo,
+  type Evaluation,
+  type PassInfo,
+  type RunOptions,
+  type StepReport,
+  type Task,
+  type Trainer,
+  type TrainerOptions,
+  trainer,
+} from "./train.ts";

@@ -1,19 +1,26 @@
 // The trainer: forward, gradient, clipping, update, router buffers, report; snapshots that resume bit for bit. No model and no files in here.
 import { autodiff, grad, lower, watch } from "./autodiff.ts";
-import type { DType, TypedArray } from "./backend.ts";
 import type { Engine } from "./engine.ts";
 import { CheckpointError, ShapeError, UnsupportedError } from "./errors.ts";
 import type { Pass, Router, StepInfo, StepStatistics, TrainingHook } from "./moe/plan.ts";
 import { at } from "./op.ts";
-import { add, cast, div, maximum, mul, where } from "./ops/elementwise.ts";
-import { sum, sumSquares } from "./ops/reduce.ts";
-import { concat, reshape } from "./ops/shape.ts";
+import { add, div, maximum, mul, where } from "./ops/elementwise.ts";
 import type { Optimiser } from "./optim.ts";
 import { type Random, random } from "./random.ts";
 import { constantRate, type Schedule } from "./schedule.ts";
+import {
+  encode,
+  FORMAT,
+  type Json,
+  outline,
+  outlined,
+  readHead,
+  revive,
+  type SnapshotArray,
+  type TrainerSnapshot,
+} from "./snapshot.ts";
+import { type BatchFacts, one, type Tally, tallyOf, tokenCount } from "./tally.ts";
 import { leaves, mapTree, show, type Tensor, type Tree } from "./tensor.ts";
-
-export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
 
 /** What a task knows about the forward pass it is asked for. */
 export interface PassInfo {
@@ -31,20 +38,19 @@ export interface PassInfo {
   readonly random: Random;
   /** What the hooks' `beforeStep` returned, merged: `RouterInput.schedule`. */
   readonly schedule: Readonly<Record<string, number | boolean>>;
-  /** One `[load]` per MoE layer: share of each expert in the micro-batches of this step so far; absent in the first (see `globalBalance`). */
+  /**
+   * With `globalBalance`, from the second micro-batch on: one `[load]` per MoE layer, the tokens of each expert per token in this step's
+   * micro-batches so far (top-k: they sum to k). `switchBalance({ load })` takes it.
+   */
   readonly globalLoad?: readonly Tensor[];
   /** Present when a hook observes: call it with the inputs of every expert matrix, rows sorted by expert. */
   readonly observe?: (parameter: string, layer: number, rows: Tensor, ends: Tensor) => void;
 }
 
 /** What is known about a batch beside the loss. Tensors are made inside the step's scope and die with it. */
-export interface BatchInfo {
+export interface BatchInfo extends BatchFacts {
   /** Handed to hooks as StepInfo.labels. */
   readonly labels?: Tensor;
-  /** Handed to hooks as StepInfo.mask: 1 = real token. */
-  readonly mask?: Tensor;
-  /** Real tokens of the batch; default: the mask's sum, or the rows of the logits. */
-  readonly tokens?: number;
 }
 
 /** What is trained: parameters, data and the loss. */
@@ -109,19 +115,6 @@ export interface StepReport {
   readonly tokens: number;
   /** Wall time; the one number that a resumed run does not reproduce. */
   readonly seconds: number;
-}
-
-/** Everything needed to resume, on the host; writing it to disk is the caller's business. `json` survives JSON.stringify exactly. */
-export interface TrainerSnapshot {
-  /** "params.<path>", "buffers.<layer>.<path>", "optimiser.<slot>.<path>", "hooks.<name>.<path>". */
-  readonly arrays: Readonly<Record<string, SnapshotArray>>;
-  readonly json: Json;
-}
-
-export interface SnapshotArray {
-  readonly data: TypedArray;
-  readonly shape: readonly number[];
-  readonly dtype: DType;
 }
 
 export interface RunOptions {
@@ -245,7 +238,6 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     for (const hook of hooks) hook.observe?.(parameter, layer, lower(rows), lower(ends));
   };
   const observing = hooks.some((hook) => hook.observe) ? { observe } : {};
-  const rate = (): number => optimiser.learningRate * schedule(steps, totalSteps ?? Infinity);
 
   /** Forward and gradient of one micro-batch. The results outlive the scope it runs in; the graph does not. */
   const differentiate = (
@@ -253,7 +245,7 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     params: readonly (readonly [Parameter, Tensor])[],
     settings: Pick<PassInfo, "schedule" | "globalLoad">,
     tally: Tally,
-  ): { gradients: readonly Tensor[]; loads: readonly Tensor[] } => {
+  ): { gradients: readonly Tensor[]; loads?: readonly Tensor[] | undefined } => {
     const batch = task.batch(batches + microBatch);
     const about = task.info?.(batch) ?? {};
     const { labels, mask } = about;
@@ -263,8 +255,8 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     const share = 1 / (accumulate * passes);
     const combining = hooks.find((hook) => hook.combine);
     const done: Pass[] = [];
-    const loads: Tensor[] = [];
-
+    // Of each layer, then the number of tokens.
+    let loads: readonly Tensor[] | undefined;
     let objective: Tensor | undefined;
     const include = (value: Tensor, weight: number, what: string): void => {
       const term = mul(one(value, what), weight);
@@ -281,17 +273,19 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
         random: draws.at(steps, pass, microBatch),
       });
       done.push(out);
-      loads.push(...tally.pass(out, share));
+      const load = tally.pass(out, share);
+      if (options.globalBalance) loads = addAll(loads, lower([...load, tokenCount(out, about)]));
       if (pass === 0) tally.tokens(out, about);
       if (!combining) include(out.loss, share, "the task's loss");
-      const add = (name: string, value: Tensor, weight: number): void => {
-        if (weight !== 0) include(value, weight * share, `loss "${name}"`);
-        tally.loss(name, value, weight * share);
-      };
-      for (const { losses } of out.layers) {
-        for (const [name, { value, weight }] of Object.entries(losses)) add(name, value, weight);
+      const extra = out.layers.flatMap(({ losses }) => Object.entries(losses));
+      for (const hook of hooks) {
+        if (hook.loss) extra.push([hook.name, { value: hook.loss(out.layers, info), weight: 1 }]);
       }
-      for (const hook of hooks) if (hook.loss) add(hook.name, hook.loss(out.layers, info), 1);
+      for (const [name, { value, weight }] of extra) {
+        if (weight === 0) continue;
+        include(value, weight * share, `loss "${name}"`);
+        tally.loss(name, value, weight * share);
+      }
     }
     if (combining?.combine) {
       const combined = combining.combine(done, info);
@@ -306,13 +300,8 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
           (params.length === 0 ? ", and hooks freeze every one of them" : ""),
       );
     }
-    return {
-      gradients: grad(
-        objective,
-        params.map(([, tensor]) => tensor),
-      ),
-      loads: lower(loads),
-    };
+    const watchedTensors = params.map(([, tensor]) => tensor);
+    return { gradients: grad(objective, watchedTensors), loads };
   };
 
   /** Everything of a step before the transfer. */
@@ -322,22 +311,19 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     engine.scope(() => {
       const settings = Object.assign({}, ...hooks.map((hook) => hook.beforeStep?.(progress())));
       const active = trainable();
-      const watched = watch(
-        recording,
-        active.map(({ tensor }) => tensor),
-      );
-      const params = active.map((parameter, i) => [parameter, at(watched, i)] as const);
+      const params = active.map((parameter) => [parameter, watch(recording, parameter.tensor)] as const);
       let gradients: readonly Tensor[] | undefined;
       let loads: readonly Tensor[] | undefined;
       for (let microBatch = 0; microBatch < accumulate; microBatch++) {
         const found = engine.scope(() => {
-          const globalLoad = options.globalBalance ? loads?.map((load) => div(load, maximum(sum(load), 1))) : undefined;
+          const tokens = loads?.at(-1);
+          const globalLoad = tokens && loads?.slice(0, -1).map((load) => div(load, maximum(tokens, 1)));
           const given = { schedule: settings, ...(globalLoad ? { globalLoad } : {}) };
           const results = differentiate(microBatch, params, given, tally);
           return { ...results, parts: tally.parts, states: hooks.map((hook) => hook.state) };
         });
         gradients = addAll(gradients, found.gradients);
-        loads = addAll(loads, found.loads);
+        if (found.loads) loads = addAll(loads, found.loads);
       }
       const final = active.map(({ path, tensor }, i) => {
         let gradient = at(gradients ?? [], i);
@@ -354,8 +340,11 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     });
 
   /** Everything of a step after the transfer. From here on the old parameters are being overwritten. */
-  const update = (active: readonly Parameter[], gradients: readonly Tensor[], gradientNorm: number): void => {
-    const learningRate = rate();
+  const update = (
+    active: readonly Parameter[],
+    gradients: readonly Tensor[],
+    { gradientNorm, learningRate }: { readonly gradientNorm: number; readonly learningRate: number },
+  ): void => {
     unusable = `the update of step ${steps} failed half-way`;
     const results = engine.scope(() => {
       const scale = engine.tensor(Float64Array.of(Math.min(1, clip / gradientNorm)), []);
@@ -420,8 +409,8 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
           return router.afterStep ? router.afterStep(statistics, old) : old;
         }),
       );
-      const learningRate = rate();
-      update(found.active, gradients, gradientNorm);
+      const learningRate = optimiser.learningRate * schedule(steps, totalSteps ?? Infinity);
+      update(found.active, gradients, { gradientNorm, learningRate });
       replaced(buffers, changed);
       buffers = changed;
       hooks.forEach((hook, i) => void replaced([before[i]], [hook.state]));
@@ -457,7 +446,9 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     const all: Record<string, Tensor> = {};
     for (const { path, tensor, slots } of parameters) {
       all[`params.${path}`] = tensor;
-      slots.forEach((slot, i) => void (all[`optimiser.${optimiser.slots[i]}.${path}`] = slot));
+      slots.forEach((slot, i) => {
+        all[`optimiser.${optimiser.slots[i]}.${path}`] = slot;
+      });
     }
     for (const [path, tensor] of leaves(buffers)) all[`buffers.${path}`] = tensor;
     for (const hook of hooks) {
@@ -495,26 +486,27 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
         `restore: the snapshot is of a run with ${head.optimiser}, this trainer uses ${optimiser.name}`,
       );
     }
-    const expected = new Map<string, readonly number[] | undefined>();
+    // Names of all arrays, with what they must look like where this trainer knows.
+    const expected = new Map<string, Tensor | undefined>();
     for (const { path, tensor } of parameters) {
-      expected.set(`params.${path}`, tensor.shape);
-      if (head.slots.includes(path))
-        for (const slot of optimiser.slots) expected.set(`optimiser.${slot}.${path}`, tensor.shape);
+      expected.set(`params.${path}`, tensor);
+      if (!head.slots.includes(path)) continue;
+      for (const slot of optimiser.slots) expected.set(`optimiser.${slot}.${path}`, tensor);
     }
-    for (const [path, { shape }] of leaves(buffers)) expected.set(`buffers.${path}`, shape);
+    for (const [path, tensor] of leaves(buffers)) expected.set(`buffers.${path}`, tensor);
     for (const { name } of hooks) {
-      if (!(name in head.hooks))
+      const state = head.hooks[name];
+      if (state === undefined) {
         throw new CheckpointError(
-          `restore: the snapshot's run had no hook "${name}"; it had ${list(Object.keys(head.hooks))}`,
+          `restore: the snapshot's run had no hook "${name}", only ${list(Object.keys(head.hooks))}`,
         );
-      for (const array of outlined(head.hooks[name] ?? null)) expected.set(array, undefined);
+      }
+      for (const array of outlined(state)) expected.set(array, undefined);
     }
-    const problems = [...expected].flatMap(([name, shape]) => {
+    const problems = [...expected].flatMap(([name, wanted]) => {
       const found = arrays[name];
       if (!found) return [`${name} is missing`];
-      if (shape && found.shape.join() !== shape.join())
-        return [`${name} is [${found.shape.join(", ")}], expected [${shape.join(", ")}]`];
-      return [];
+      return wanted && show(wanted) !== show(found) ? [`${name} is ${show(found)}, expected ${show(wanted)}`] : [];
     });
     for (const name of Object.keys(arrays)) if (!expected.has(name)) problems.push(`${name} is not part of this run`);
     if (problems.length > 0) {
@@ -534,7 +526,10 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
           updates: head.updates[path] ?? 0,
         })),
         buffers: mapTree(buffers, (_, path) => make(`buffers.${path}`)),
-        states: hooks.map(({ name }) => revive(head.hooks[name] ?? null, make)),
+        states: hooks.map(({ name }) => {
+          const state = head.hooks[name] ?? null;
+          return state === null ? undefined : revive(state, make);
+        }),
       };
     });
     for (const tensor of Object.values(named())) tensor.dispose();
@@ -545,7 +540,7 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     draws = random(engine, seed);
     totalSteps = options.totalSteps ?? head.totalSteps ?? undefined;
     ({ steps, batches } = head);
-    history = [...head.history];
+    history = [...head.history] as StepReport[];
     unusable = undefined;
   };
 
@@ -601,37 +596,27 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     async evaluate(some) {
       usable("evaluate");
       const tally = tallyOf(task.routers.length);
-      let weighted = 0;
-      let tokens = 0;
+      const { result } = tally;
+      const total = { loss: 0, tokens: 0 };
       let index = 0;
       for (const batch of some) {
-        const one = tallyOf(task.routers.length);
+        const params = treeOf(({ tensor }) => tensor);
         const vector = engine.scope(() => {
-          const out = task.forward(
-            treeOf(({ tensor }) => tensor),
-            buffers,
-            batch,
-            {
-              ...progress(),
-              training: false,
-              pass: 0,
-              microBatch: 0,
-              random: draws.at("evaluate", index),
-              schedule: {},
-            },
-          );
-          one.pass(out, 1);
-          one.tokens(out, task.info?.(batch) ?? {});
-          return one.vector();
+          const draw = draws.at("evaluate", index);
+          const info = { ...progress(), training: false, pass: 0, microBatch: 0, random: draw, schedule: {} };
+          const out = task.forward(params, buffers, batch, info);
+          tally.pass(out, 1);
+          tally.tokens(out, task.info?.(batch) ?? {});
+          return tally.vector();
         });
-        await one.read(vector);
-        tally.merge(one);
-        weighted += one.result.loss * one.result.tokens;
-        tokens += one.result.tokens;
+        await tally.read(vector);
+        total.loss += result.loss * result.tokens;
+        total.tokens += result.tokens;
+        Object.assign(result, { loss: 0, tokens: 0 });
         index++;
       }
-      if (tokens === 0) throw new ShapeError(`trainer.evaluate: ${index} batches without a single token`);
-      return { loss: weighted / tokens, loads: tally.loads(), metrics: tally.metrics(), tokens };
+      if (total.tokens === 0) throw new ShapeError(`trainer.evaluate: ${index} batches without a single token`);
+      return { ...total, loss: total.loss / total.tokens, loads: tally.loads(), metrics: tally.metrics() };
     },
 
     snapshot,
@@ -644,108 +629,6 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     },
   };
 }
-
-const FORMAT = "switchyard-trainer-1";
-
-// ---------------------------------------------------------------- numbers of a step
-type Tally = ReturnType<typeof tallyOf>;
-
-/** Gathers the small tensors of a step for one transfer, and what they say after it. */
-function tallyOf(layers: number) {
-  const parts: Tensor[] = [];
-  const takers: { readonly size: number; take(values: TypedArray): void }[] = [];
-  // Per layer and metric, what each forward pass said.
-  const found: Record<string, TypedArray[]>[] = Array.from({ length: layers }, () => ({}));
-  const result = { loss: 0, losses: {} as Record<string, number>, gradientNorm: 0, tokens: 0 };
-
-  const collect = (x: Tensor, take: (values: TypedArray) => void): void => {
-    parts.push(reshape(cast(lower(x), "f32"), [x.size]));
-    takers.push({ size: x.size, take });
-  };
-  const collectOne = (x: Tensor, take: (value: number) => void): void =>
-    collect(x, (values) => take(values[0] as number));
-  const summed = (name: string, lists: readonly TypedArray[], weight: number): Float64Array => {
-    const total = new Float64Array(lists[0]?.length ?? 0);
-    for (const values of lists) {
-      if (values.length !== total.length) {
-        throw new ShapeError(`metric "${name}" has ${total.length} values in one pass and ${values.length} in another`);
-      }
-      total.forEach((sum, i) => void (total[i] = sum + (values[i] as number) * weight));
-    }
-    return total;
-  };
-  return {
-    result,
-    parts,
-    found,
-    /** One forward pass that makes up `share` of the step; returns the loads of its layers. */
-    pass(out: Pass, share: number): readonly Tensor[] {
-      if (out.layers.length !== layers) {
-        throw new ShapeError(
-          `trainer: forward returned ${out.layers.length} MoE layers, the task has ${layers} routers`,
-        );
-      }
-      collectOne(one(out.loss, "the task's loss"), (value) => void (result.loss += value * share));
-      return out.layers.map(({ metrics }, layer) => {
-        const load = metrics?.load;
-        if (!load) {
-          throw new ShapeError(
-            `trainer: MoE layer ${layer} has no metrics.load; run it through moe(), or add expertLoad(plan)`,
-          );
-        }
-        const lists = at(found, layer);
-        for (const [name, x] of Object.entries(metrics)) {
-          collect(x, (values) => void (lists[name] = [...(lists[name] ?? []), values]));
-        }
-        return load;
-      });
-    },
-    tokens({ logits }: Pass, { mask, tokens }: BatchInfo): void {
-      if (tokens === undefined && mask) collectOne(sum(mask), (value) => void (result.tokens += value));
-      else result.tokens += tokens ?? logits.size / (logits.shape.at(-1) || 1);
-    },
-    loss(name: string, value: Tensor, weight: number): void {
-      collectOne(
-        one(value, `loss "${name}"`),
-        (x) => void (result.losses[name] = (result.losses[name] ?? 0) + x * weight),
-      );
-    },
-    norm(gradients: readonly Tensor[]): void {
-      const squares = concat(
-        gradients.map((gradient) => reshape(sumSquares(gradient), [1])),
-        0,
-      ); // [parameters]
-      collectOne(sum(squares), (value) => void (result.gradientNorm = Math.sqrt(value)));
-    },
-    vector: (): Tensor => concat(parts, 0),
-    async read(vector: Tensor): Promise<void> {
-      try {
-        const values = await vector.data();
-        let from = 0;
-        for (const { size, take } of takers) take(values.slice(from, (from += size)));
-      } finally {
-        vector.dispose();
-      }
-    },
-    /** Takes over the metrics of another tally that was read. */
-    merge(other: { readonly found: typeof found }): void {
-      other.found.forEach((lists, layer) => {
-        const into = at(found, layer);
-        for (const [name, more] of Object.entries(lists)) into[name] = [...(into[name] ?? []), ...more];
-      });
-    },
-    loads: (): Float64Array[] => found.map(({ load = [] }) => summed("load", load, 1)),
-    metrics: (): Record<string, Float64Array>[] =>
-      found.map(({ load: _, ...lists }) =>
-        Object.fromEntries(Object.entries(lists).map(([name, all]) => [name, summed(name, all, 1 / all.length)])),
-      ),
-  };
-}
-
-const one = (x: Tensor, what: string): Tensor => {
-  if (x.size === 1) return reshape(x, []);
-  throw new ShapeError(`trainer: ${what} must be one number, it is ${show(x)}; average or sum it first`);
-};
 
 /** Sums tensor by tensor, into the storage of the first list where that is possible. */
 const addAll = (sums: readonly Tensor[] | undefined, more: readonly Tensor[]): readonly Tensor[] =>
@@ -773,104 +656,11 @@ function setState(hook: TrainingHook, state: Tree | undefined): void {
   else hook.state = state;
 }
 
-// ---------------------------------------------------------------- snapshots as JSON
-interface Head {
-  readonly optimiser: string;
-  readonly seed: number;
-  readonly steps: number;
-  readonly batches: number;
-  readonly totalSteps: number | null;
-  readonly updates: Readonly<Record<string, number>>;
-  readonly slots: readonly string[];
-  readonly hooks: Readonly<Record<string, Json>>;
-  readonly history: readonly StepReport[];
-}
-
-const isRecord = (x: unknown): x is Readonly<Record<string, unknown>> =>
-  typeof x === "object" && x !== null && !Array.isArray(x);
-
-function readHead(json: Json): Head {
-  const head: Readonly<Record<string, unknown>> = isRecord(json) ? json : {};
-  if (head.format !== FORMAT) {
-    throw new CheckpointError(
-      `restore: not a trainer snapshot of this version: format is ${head.format}, expected ${FORMAT}`,
-    );
-  }
-  const kinds: Record<string, (x: unknown) => boolean> = {
-    optimiser: (x) => typeof x === "string",
-    seed: Number.isFinite,
-    steps: Number.isInteger,
-    batches: Number.isInteger,
-    totalSteps: (x) => x === null || Number.isInteger(x),
-    updates: isRecord,
-    slots: Array.isArray,
-    hooks: isRecord,
-    history: Array.isArray,
-  };
-  for (const [name, fits] of Object.entries(kinds)) {
-    if (!fits(head[name]))
-      throw new CheckpointError(`restore: the snapshot is damaged: "${name}" is ${JSON.stringify(head[name])}`);
-  }
-  return {
-    ...(head as Readonly<Record<string, unknown>> & Head),
-    history: decode(head.history as Json) as StepReport[],
-  };
-}
-
-/** JSON has no infinities, no NaN, no -0 and no typed arrays; reports have. */
-function encode(value: unknown): Json {
-  if (typeof value === "number")
-    return Number.isFinite(value) && !Object.is(value, -0)
-      ? value
-      : { number: Object.is(value, -0) ? "-0" : `${value}` };
-  if (value instanceof Float64Array) return { float64: Array.from(value, encode) };
-  if (Array.isArray(value)) return value.map(encode);
-  if (isRecord(value))
-    return { record: Object.fromEntries(Object.entries(value).map(([key, item]) => [key, encode(item)])) };
-  throw new TypeError(`a report holds ${String(value)}`);
-}
-
-function decode(json: Json): unknown {
-  if (!isRecord(json)) return Array.isArray(json) ? json.map(decode) : json;
-  if ("number" in json) return Number(json.number);
-  if ("float64" in json) return Float64Array.from(decode(json.float64 as Json) as number[]);
-  return Object.fromEntries(
-    Object.entries(json.record as { [key: string]: Json }).map(([key, item]) => [key, decode(item)]),
-  );
-}
-
-/** The tree with array names in place of its leaves. */
-const outline = (tree: Tree, name: string): Json => {
-  const names = new Map(leaves(tree).map(([path, leaf]) => [leaf, path === "" ? name : `${name}.${path}`]));
-  const visit = (node: Tree): Json => {
-    const leaf = names.get(node as Tensor);
-    if (leaf !== undefined) return leaf;
-    if (Array.isArray(node)) return node.map(visit);
-    return Object.fromEntries(Object.entries(node).map(([key, child]) => [key, visit(child as Tree)]));
-  };
-  return visit(tree);
-};
-
-const outlined = (json: Json): string[] => {
-  if (typeof json === "string") return [json];
-  return typeof json === "object" && json !== null ? Object.values(json).flatMap(outlined) : [];
-};
-
-const revive = (json: Json, make: (name: string) => Tensor): Tree | undefined => {
-  const visit = (node: Json): Tree => {
-    if (typeof node === "string") return make(node);
-    if (Array.isArray(node)) return node.map(visit);
-    return Object.fromEntries(Object.entries(node ?? {}).map(([key, child]) => [key, visit(child as Json)]));
-  };
-  return json === null ? undefined : visit(json);
-};
-
 const list = (items: readonly string[], most = 8): string =>
   items.length === 0
     ? "none"
     : items.slice(0, most).join("; ") + (items.length > most ? `; and ${items.length - most} more` : "");
 
-// ---------------------------------------------------------------- checks
 function checkOptions({ accumulate = 1, clip = Infinity, totalSteps = 0, hooks = [] }: TrainerOptions): void {
   const whole = (name: string, value: number, fewest: number): void => {
     if (Number.isInteger(value) && value >= fewest) return;

@@ -10,34 +10,29 @@ export const BF16_KIND: i32 = 1;
 export const F16_KIND: i32 = 2;
 
 /** a * b + c */
-// @ts-ignore: decorator
 @inline
 export function madd(a: v128, b: v128, c: v128): v128 {
   if (ASC_FEATURE_RELAXED_SIMD) return f32x4.relaxed_madd(a, b, c);
   return f32x4.add(c, f32x4.mul(a, b));
 }
 
-// @ts-ignore: decorator
 @inline
 export function zero(): v128 {
   return f32x4.splat(0);
 }
 
-// @ts-ignore: decorator
 @inline
 export function lane0(a: v128): f32 {
   return f32x4.extract_lane(a, 0);
 }
 
 /** Interleaves bf16 halves with zero bits: four f32. */
-// @ts-ignore: decorator
 @inline
 function widenBf16(x: v128): v128 {
   return v128.shuffle<u16>(i32x4.splat(0), x, 0, 8, 1, 9, 2, 10, 3, 11);
 }
 
 /** Four halves, one in the low part of each 32-bit lane, to f32: exact, also for subnormals, infinities and NaN. */
-// @ts-ignore: decorator
 @inline
 export function halfToFloat(h: v128): v128 {
   const sign = i32x4.shl(v128.and(h, i32x4.splat(0x8000)), 16);
@@ -49,7 +44,6 @@ export function halfToFloat(h: v128): v128 {
 }
 
 /** Four consecutive elements of type T as f32. */
-// @ts-ignore: decorator
 @inline
 export function load4<T>(p: usize): v128 {
   if (isFloat<T>()) return v128.load(p);
@@ -58,7 +52,6 @@ export function load4<T>(p: usize): v128 {
 }
 
 /** One element of type T in every lane. */
-// @ts-ignore: decorator
 @inline
 export function splat1<T>(p: usize): v128 {
   if (isFloat<T>()) return v128.load_splat<f32>(p);
@@ -66,7 +59,6 @@ export function splat1<T>(p: usize): v128 {
   return i32x4.splat((<i32>load<u16>(p)) << 16);
 }
 
-// @ts-ignore: decorator
 @inline
 export function load1<T>(p: usize): f32 {
   if (isFloat<T>()) return load<f32>(p);
@@ -74,7 +66,6 @@ export function load1<T>(p: usize): f32 {
 }
 
 /** The `count` (1..3) elements at p, zero in the other lanes. */
-// @ts-ignore: decorator
 @inline
 export function loadTail<T>(p: usize, count: i32): v128 {
   let x = f32x4.replace_lane(zero(), 0, load1<T>(p));
@@ -84,7 +75,6 @@ export function loadTail<T>(p: usize, count: i32): v128 {
 }
 
 /** Writes the first `count` (1..4) lanes. */
-// @ts-ignore: decorator
 @inline
 export function storeTail(p: usize, x: v128, count: i32): void {
   if (count > 3) {
@@ -96,7 +86,6 @@ export function storeTail(p: usize, x: v128, count: i32): void {
   if (count > 2) store<f32>(p, f32x4.extract_lane(x, 2), 8);
 }
 
-// @ts-ignore: decorator
 @inline
 export function sumLanes(a: v128): f32 {
   const b = f32x4.add(a, v128.shuffle<f32>(a, a, 2, 3, 0, 1));
@@ -104,7 +93,6 @@ export function sumLanes(a: v128): f32 {
 }
 
 /** NaN if any lane is NaN, like Math.max. */
-// @ts-ignore: decorator
 @inline
 export function maxLanes(a: v128): f32 {
   const b = f32x4.max(a, v128.shuffle<f32>(a, a, 2, 3, 0, 1));
@@ -112,7 +100,6 @@ export function maxLanes(a: v128): f32 {
 }
 
 /** [sum a, sum b, sum c, sum d] */
-// @ts-ignore: decorator
 @inline
 export function sumLanes4(a: v128, b: v128, c: v128, d: v128): v128 {
   const ab = f32x4.add(v128.shuffle<f32>(a, b, 0, 4, 1, 5), v128.shuffle<f32>(a, b, 2, 6, 3, 7));
@@ -123,7 +110,6 @@ export function sumLanes4(a: v128, b: v128, c: v128, d: v128): v128 {
 const INFINITY_F: f32 = f32.POSITIVE_INFINITY;
 
 /** e^x, about 1 ulp; 0 below -104, infinity above 88.73, NaN stays NaN (pmin and pmax keep their first argument then). */
-// @ts-ignore: decorator
 @inline
 export function exp4(x: v128): v128 {
   x = f32x4.pmax(f32x4.pmin(x, f32x4.splat(89)), f32x4.splat(-104));
@@ -150,7 +136,6 @@ export function exp4(x: v128): v128 {
 }
 
 /** ln x, about 1 ulp; -infinity at 0, NaN below. */
-// @ts-ignore: decorator
 @inline
 export function log4(x: v128): v128 {
   const tiny = f32x4.lt(x, f32x4.splat(1.17549435e-38));
@@ -183,7 +168,6 @@ export function log4(x: v128): v128 {
 }
 
 /** tanh x, about 2 ulp. */
-// @ts-ignore: decorator
 @inline
 export function tanh4(x: v128): v128 {
   const a = f32x4.abs(x);
@@ -202,7 +186,6 @@ export function tanh4(x: v128): v128 {
 }
 
 /** erf x, about 2 ulp: a polynomial near 0, 1 - exp(polynomial) beyond. */
-// @ts-ignore: decorator
 @inline
 export function erf4(x: v128): v128 {
   // Beyond 4 the result is 1 in f32, and the polynomial would turn around.
@@ -228,27 +211,23 @@ export function erf4(x: v128): v128 {
 }
 
 /** 1 / (1 + e^-x) */
-// @ts-ignore: decorator
 @inline
 export function sigmoid4(x: v128): v128 {
   const one = f32x4.splat(1);
   return f32x4.div(one, f32x4.add(one, exp4(f32x4.neg(x))));
 }
 
-// @ts-ignore: decorator
 @inline
 export function silu4(x: v128): v128 {
   return f32x4.div(x, f32x4.add(f32x4.splat(1), exp4(f32x4.neg(x))));
 }
 
 // Scalar forms, for single elements between vector code.
-// @ts-ignore: decorator
 @inline
 export function exp1(x: f32): f32 {
   return lane0(exp4(f32x4.splat(x)));
 }
 
-// @ts-ignore: decorator
 @inline
 export function log1(x: f32): f32 {
   return lane0(log4(f32x4.splat(x)));

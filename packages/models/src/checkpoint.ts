@@ -1,8 +1,9 @@
 // A checkpoint in the Hugging Face layout: config.json beside model.safetensors, or beside shards and their index.
 // Lazy: opening reads headers only, and `read` fetches just the bytes asked for.
-import type { Checkpoint, Json } from "@switchyard/core";
+import type { Json } from "@switchyard/core";
 import { CheckpointError } from "@switchyard/core";
 import { fileSource } from "./files.ts";
+import type { Checkpoint } from "./model.ts";
 import { type ByteSource, quote, readHeader, type StoredTensor } from "./safetensors.ts";
 
 /** A checkpoint that holds files open until it is closed. */

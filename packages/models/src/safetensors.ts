@@ -36,7 +36,7 @@ export interface TensorSource {
 
 /** Limits of the reference implementation (header) and of sanity (count, rank). */
 const maximumHeader = 100_000_000;
-const maximumTensors = 1_000_000;
+const maximumTensors = 200_000;
 const maximumRank = 64;
 
 const bitsOf: ReadonlyMap<string, number> = new Map([

@@ -209,9 +209,7 @@ export async function trainTokenizer(
   const words = await countWords(texts, options);
   const merges = await learnMerges(words, tokens, { minimumCount: 2, ...options, specialTokens });
 
-  // No prototype: a token may well be called "__proto__".
-  const vocab: Record<string, number> = Object.create(null);
-  for (const [id, token] of tokens.entries()) vocab[token] = id;
+  const vocab = Object.fromEntries(tokens.map((token, id) => [token, id]));
   const separator = specialTokens[0] ?? null;
   return {
     tokenizer: {

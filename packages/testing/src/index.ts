@@ -1,3 +1,7 @@
 // The public surface of @switchyard/testing.
-export { primitiveCases } from "./cases/primitives.ts";
-export { fusedCases } from "./cases/fused.ts";
+export { assertClose, floats, generator, type HostArray, integers, ints, type Tolerance, uniform } from "./arrays.ts";
+export { backendCases, primitiveNames, primitivesOnly, uncoveredKernels } from "./backend-cases.ts";
+export type { BackendCase } from "./cases/case.ts";
+export { type GradientCheckOptions, type GradientReport, gradientCheck, type WorstEntry } from "./gradient-check.ts";
+export type { Skip } from "./skip.ts";
+export { type BackendSuite, testBackend } from "./test-backend.ts";

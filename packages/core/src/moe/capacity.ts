@@ -31,7 +31,9 @@ export interface CapacityFormula {
 /** factor * tokens * k / experts, rounded. */
 export function capacityOf({ tokens, experts, k = 1, factor, minimum = 0, round = "up" }: CapacityFormula): number {
   if (!(factor >= 0) || !Number.isFinite(factor) || experts < 1) {
-    throw new ShapeError(`capacity: factor ${factor} with ${experts} experts; expected a factor from 0 and at least one expert`);
+    throw new ShapeError(
+      `capacity: factor ${factor} with ${experts} experts; expected a factor from 0 and at least one expert`,
+    );
   }
   const exact = (factor * tokens * k) / experts;
   // 1.1 * 100 / 10 is 11.000000000000002 in floating point and must not round up to 12.
@@ -93,7 +95,11 @@ export function padToCapacity(plan: SparsePlan, options: CapacityOptions): Exper
   const target = where(fits, add(mul(expert, capacity), place), -1); // [slots] -> flat [experts * capacity]
   const [, k = 1] = plan.experts.shape;
   const n = plan.experts.size;
-  const token = hostConstant(plan.experts, Float32Array.from({ length: n }, (_, i) => Math.floor(i / k) + 1), [n, 1]);
+  const token = hostConstant(
+    plan.experts,
+    Float32Array.from({ length: n }, (_, i) => Math.floor(i / k) + 1),
+    [n, 1],
+  );
   const shape = [experts, capacity];
   // One more than the token, so that a free place becomes -1.
   const tokens = addRows(takeRows(token, slots), target, experts * capacity);
@@ -127,7 +133,11 @@ function places(plan: SparsePlan, experts: number, policy: DropPolicy) {
   const expert = where(filled, takeRows(flat, slots), -1);
   // First sorted position of each expert: [0, ends without the last].
   const starts = slice(concat([hostConstant(flat, new Int32Array(1), [1]), sorted.ends], 0), [0], [experts]);
-  const position = hostConstant(flat, Int32Array.from({ length: n }, (_, i) => i), [n]);
+  const position = hostConstant(
+    flat,
+    Int32Array.from({ length: n }, (_, i) => i),
+    [n],
+  );
   return { slots, expert, place: sub(position, takeRows(starts, expert)), real: inside(flat, experts) };
 }
 
@@ -137,7 +147,11 @@ function orderOf(plan: SparsePlan, policy: DropPolicy): Tensor | undefined {
     case "position":
       return undefined;
     case "choice": {
-      const ids = hostConstant(plan.experts, Int32Array.from({ length: tokens * k }, (_, i) => i), [tokens, k]);
+      const ids = hostConstant(
+        plan.experts,
+        Int32Array.from({ length: tokens * k }, (_, i) => i),
+        [tokens, k],
+      );
       return reshape(transpose(ids), [tokens * k]);
     }
     case "probability":

@@ -16,7 +16,9 @@ export function tokenMask(layout: Layout): Tensor | undefined {
   const { batch, sequence, past, mask } = layout;
   if (mask === undefined) return undefined;
   if (mask.shape.length !== 2 || mask.shape[0] !== batch || mask.shape[1] !== past + sequence) {
-    throw new ShapeError(`layout.mask is ${show(mask)}, expected [batch, past + sequence] = [${batch}, ${past + sequence}]`);
+    throw new ShapeError(
+      `layout.mask is ${show(mask)}, expected [batch, past + sequence] = [${batch}, ${past + sequence}]`,
+    );
   }
   return reshape(slice(mask, [0, past], [batch, sequence]), [batch * sequence]);
 }
@@ -71,7 +73,11 @@ export function dispatchPlan(plan: TokenPlan, count: number, mask?: Tensor): Dis
     case "expert-choice": {
       const [experts = 0, capacity = 0] = plan.tokens.shape;
       const places = experts * capacity;
-      const own = hostConstant(plan.tokens, Int32Array.from({ length: experts }, (_, e) => e), [experts, 1]);
+      const own = hostConstant(
+        plan.tokens,
+        Int32Array.from({ length: experts }, (_, e) => e),
+        [experts, 1],
+      );
       const ids = where(less(plan.tokens, 0), -1, own); // [experts, capacity]; the sort only closes the gaps
       const { slots, ends } = dispatch(reshape(ids, [places, 1]), { count, bound: places });
       const rows = takeRows(reshape(plan.tokens, [places]), slots);
@@ -108,7 +114,11 @@ export function combineEvery(plan: TokenPlan, outputs: Tensor): Tensor {
   const flat = reshape(outputs, [tokens * count, width]);
   switch (plan.kind) {
     case "sparse": {
-      const first = hostConstant(outputs, Int32Array.from({ length: tokens }, (_, t) => t * count), [tokens, 1]);
+      const first = hostConstant(
+        outputs,
+        Int32Array.from({ length: tokens }, (_, t) => t * count),
+        [tokens, 1],
+      );
       const chosen = takeRows(flat, where(inside(plan.experts, count), add(plan.experts, first), -1)); // [tokens, k, width]
       return weighted(plan.weights, chosen);
     }
@@ -118,10 +128,17 @@ export function combineEvery(plan: TokenPlan, outputs: Tensor): Tensor {
     }
     case "expert-choice": {
       const [experts = 0, capacity = 0] = plan.tokens.shape;
-      const own = hostConstant(outputs, Int32Array.from({ length: experts }, (_, e) => (e < count ? e : -1)), [experts, 1]);
+      const own = hostConstant(
+        outputs,
+        Int32Array.from({ length: experts }, (_, e) => (e < count ? e : -1)),
+        [experts, 1],
+      );
       const filled = mul(inside(plan.tokens, tokens), inside(own, count));
       const ids = where(filled, add(mul(plan.tokens, count), own), -1); // [experts, capacity]
-      const rows = mul(takeRows(flat, reshape(ids, [experts * capacity])), reshape(plan.weights, [experts * capacity, 1]));
+      const rows = mul(
+        takeRows(flat, reshape(ids, [experts * capacity])),
+        reshape(plan.weights, [experts * capacity, 1]),
+      );
       return addRows(rows, reshape(plan.tokens, [experts * capacity]), tokens);
     }
     default:
@@ -131,7 +148,11 @@ export function combineEvery(plan: TokenPlan, outputs: Tensor): Tensor {
 
 /** i32 ids 0..experts-1 for every token, `[tokens, experts]`. */
 export function everyId(like: Tensor, tokens: number, experts: number): Tensor {
-  return hostConstant(like, Int32Array.from({ length: tokens * experts }, (_, i) => i % experts), [tokens, experts]);
+  return hostConstant(
+    like,
+    Int32Array.from({ length: tokens * experts }, (_, i) => i % experts),
+    [tokens, experts],
+  );
 }
 
 /** 1 where 0 <= id < count, else 0. */
@@ -154,6 +175,8 @@ export function checkPlan(plan: TokenPlan): void {
   }
   if (ids === undefined) return;
   if (ids.dtype !== "i32" || ids.shape.join() !== weights.shape.join()) {
-    throw new ShapeError(`${plan.kind} plan: ids are ${show(ids)}, weights ${show(weights)}; expected i32 ids of the weights' shape`);
+    throw new ShapeError(
+      `${plan.kind} plan: ids are ${show(ids)}, weights ${show(weights)}; expected i32 ids of the weights' shape`,
+    );
   }
 }

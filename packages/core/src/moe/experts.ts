@@ -2,8 +2,8 @@
 import type { Engine } from "../engine.ts";
 import { ShapeError, UnsupportedError } from "../errors.ts";
 import { add, affine, gelu, mul, relu, silu, square, swiglu } from "../ops/elementwise.ts";
-import { matmul } from "../ops/matmul.ts";
 import { dispatch, groupedMatmul, moeExperts } from "../ops/experts.ts";
+import { matmul } from "../ops/matmul.ts";
 import { addRows, takeRows } from "../ops/rows.ts";
 import { full, reshape, slice } from "../ops/shape.ts";
 import type { Random } from "../random.ts";
@@ -147,7 +147,8 @@ export function mixParameters(
   const [groups = 0, experts = 0] = coefficients.shape;
   const mixture = mapTree(params, (x) => {
     const [count = 0, ...rest] = x.shape;
-    if (count !== experts) throw new ShapeError(`merge plan: coefficients ${show(coefficients)} for a parameter ${show(x)}`);
+    if (count !== experts)
+      throw new ShapeError(`merge plan: coefficients ${show(coefficients)} for a parameter ${show(x)}`);
     return reshape(matmul(coefficients, reshape(x, [count, x.size / Math.max(count, 1)])), [groups, ...rest]);
   });
   const tokens = plan.groups.size;
@@ -179,7 +180,9 @@ function checked(kind: string, shapes: Readonly<Record<string, readonly number[]
   for (const [name, shape] of Object.entries(shapes)) {
     const x = found.get(name);
     if (x === undefined || x.shape.join() !== shape.join()) {
-      throw new ShapeError(`${kind}: parameter "${name}" is ${x ? show(x) : "missing"}, expected [${shape.join(", ")}]`);
+      throw new ShapeError(
+        `${kind}: parameter "${name}" is ${x ? show(x) : "missing"}, expected [${shape.join(", ")}]`,
+      );
     }
   }
   return params;

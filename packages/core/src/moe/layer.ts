@@ -2,11 +2,22 @@
 // `routeTokens` and `runExperts`; streamed inference calls the two itself and prepares experts in between.
 import { ShapeError, UnsupportedError } from "../errors.ts";
 import { add, mul, sigmoid, where } from "../ops/elementwise.ts";
+import { dispatch } from "../ops/experts.ts";
 import { linear, matmul } from "../ops/matmul.ts";
-import { addRows } from "../ops/rows.ts";
+import { addRows, takeRows } from "../ops/rows.ts";
 import { hostConstant, reshape, transpose } from "../ops/shape.ts";
 import { isTensor, show, type Tensor, type Tree } from "../tensor.ts";
-import { combine, combineEvery, dispatchPlan, everyId, gather, maskPlan, perSlot, tokenMask } from "./dispatch.ts";
+import {
+  combine,
+  combineEvery,
+  dispatchPlan,
+  everyId,
+  gather,
+  maskPlan,
+  perSlot,
+  type TokenPlan,
+  tokenMask,
+} from "./dispatch.ts";
 import { routingMetrics } from "./metrics.ts";
 import type {
   Dispatch,
@@ -52,14 +63,17 @@ export function moeLayer(
     throw new ShapeError(`router ${plugin.name}: made for ${context.experts} experts, the layer has ${experts.count}`);
   }
   if (plugin.needs.includes("host") && !context.engine.canBlock) {
-    refuse(`it needs results on the host inside a step, and ${context.engine.name} cannot block; use a CPU backend or another router`);
+    refuse(
+      `it needs results on the host inside a step, and ${context.engine.name} cannot block; use a CPU backend or another router`,
+    );
   }
   const merges = plugin.needs.includes("mixedExperts") || plugin.plans.every((kind) => kind === "merge");
   if (merges && experts.mixed === undefined) refuse(unmixable);
   return { router: plugin.init(context), ...parts };
 }
 
-const unmixable = 'its "merge" plan mixes the experts\' parameters, and these experts have no mixed(); use glu() or ffn()';
+const unmixable =
+  'its "merge" plan mixes the experts\' parameters, and these experts have no mixed(); use glu() or ffn()';
 
 /** The parameters `moe` expects, as the layer made them: `{ router, experts, shared? }`. */
 export function layerParams(layer: MoELayer): Tree {
@@ -99,12 +113,16 @@ export function routeTokens(layer: MoELayer, params: Tree, input: RouterInput): 
     );
   }
   const mask = tokenMask(layout);
-  let every: Tensor | undefined;
+  let every: Outputs | undefined;
   const everyExpert = (): Tensor => {
-    every ??= allOutputs(experts, branch(params, "experts"), hidden, layout, mask);
-    return every;
+    every ??= allOutputs(experts, branch(params, "experts"), input, mask);
+    return every.output;
   };
-  const routed = router.route(branch(params, "router"), { everyExpert, ...input });
+  const decided = router.route(branch(params, "router"), { everyExpert, ...input });
+  // Losses of the experts come with their outputs: here, where the router hands those on.
+  const routed = decided.expertOutputs
+    ? { ...decided, losses: { ...decided.losses, ...named("experts", every?.losses) } }
+    : decided;
   if (mask === undefined) return routed;
   const more = routed.more?.map((path) => ({ ...path, plan: maskPlan(path.plan, mask) }));
   return { ...routed, plan: maskPlan(routed.plan, mask), ...(more ? { more } : {}) };
@@ -128,7 +146,7 @@ export function runExperts(
     layout,
     ...(mask ? { mask } : {}),
     ...(options.observe ? { observe: options.observe } : {}),
-    note: (found) => noteLosses(losses, "experts", found),
+    note: (found) => Object.assign(losses, named("experts", found)),
   };
   if (options.combine === false && (shared.length > 0 || routed.more || routed.expertOutputs)) {
     throw new UnsupportedError(
@@ -144,8 +162,9 @@ export function runExperts(
         : runPath(path, routed.plan, routed.rows ?? hidden);
   for (const { plan, rows = hidden } of routed.more ?? []) output = add(output, runPath(path, plan, rows));
   shared.forEach((one, i) => {
-    const note = (found: Routed["losses"] | undefined) => noteLosses(losses, `shared.${i}`, found);
-    output = add(output, runShared(one, sharedParams(params, i), { hidden, layout, mask, note }));
+    const outputs = runShared(one, branch(branch(params, "shared"), `${i}`), input);
+    output = add(output, outputs.output);
+    Object.assign(losses, named(`shared.${i}`, outputs.losses));
   });
 
   if (options.metrics === false) return { output, routed: { ...routed, losses } };
@@ -161,6 +180,7 @@ interface Path {
   readonly layout: Layout;
   readonly mask?: Tensor;
   readonly observe?: Observe;
+  /** Collects the experts' own losses. */
   note(losses: Routed["losses"] | undefined): void;
 }
 
@@ -196,7 +216,7 @@ function slotsOfPath(path: Path, plan: Plan, rows: Tensor): Tensor {
 }
 
 /** Soft MoE (2308.00951, eqs. 1-3): every slot is a mixture of its sample's tokens, every token a mixture of the slots' outputs. */
-function runSlots({ experts, params, layout, mask, observe, note }: Path, plan: SlotsPlan, rows: Tensor): Tensor {
+function runSlots({ experts, params, layout, observe, note }: Path, plan: SlotsPlan, rows: Tensor): Tensor {
   const [batch = 0, sequence = 0, total = 0] = plan.dispatch.shape;
   const { count } = experts;
   const [tokens = 0, width = 0] = rows.shape;
@@ -207,11 +227,13 @@ function runSlots({ experts, params, layout, mask, observe, note }: Path, plan: 
     );
   }
   const slots = total / count;
-  // Padding may hold anything, NaN included: 0 * NaN must not reach a slot.
-  const real = mask ? where(reshape(mask, [tokens, 1]), rows, 0) : rows;
-  const mixed = matmul(plan.dispatch, reshape(real, [batch, sequence, width]), { transposeA: true }); // [batch, experts * slots, width]
+  const mixed = matmul(plan.dispatch, reshape(rows, [batch, sequence, width]), { transposeA: true }); // [batch, experts * slots, width]
   const byExpert = transpose(reshape(mixed, [batch, count, slots, width]), [1, 0, 2, 3]); // [experts, batch, slots, width]
-  const ends = hostConstant(rows, Int32Array.from({ length: count }, (_, e) => (e + 1) * batch * slots), [count]);
+  const ends = hostConstant(
+    rows,
+    Int32Array.from({ length: count }, (_, e) => (e + 1) * batch * slots),
+    [count],
+  );
   const applied = experts.apply(params, reshape(byExpert, [count * batch * slots, width]), ends, layout, observe);
   note(applied.losses);
   const out = applied.output.shape[1] ?? 0;
@@ -219,19 +241,74 @@ function runSlots({ experts, params, layout, mask, observe, note }: Path, plan: 
   return reshape(matmul(plan.combine, reshape(bySample, [batch, total, out])), [tokens, out]);
 }
 
-/** Every expert on every real token, in one sorted pass: `[tokens, experts, width']`, zeros for padding. */
-function allOutputs(experts: Experts, params: Tree, hidden: Tensor, layout: Layout, mask?: Tensor): Tensor {
-  const tokens = hidden.shape[0] ?? 0;
-  const { count } = experts;
-  const ids = everyId(hidden, tokens, count);
-  const dispatched = dispatchPlan({ kind: "sparse", experts: mask ? where(reshape(mask, [tokens, 1]), ids, -1) : ids, weights: hidden }, count);
-  const { output } = experts.apply(params, gather(hidden, dispatched), dispatched.ends, layout);
-  return reshape(addRows(output, dispatched.slots, tokens * count), [tokens, count, output.shape[1] ?? 0]);
+interface Outputs {
+  readonly output: Tensor;
+  readonly losses?: Routed["losses"];
 }
 
-interface SharedInput {
-  readonly hidden: Tensor;
-  readonly layout: Layout;
-  readonly mask: Tensor | undefined;
-  note(losses: Routed["losses"] | undefined): void;
+/** Rows for every expert on every real token, sorted by expert. */
+function dispatchAll(hidden: Tensor, count: number, mask: Tensor | undefined): Dispatch {
+  const tokens = hidden.shape[0] ?? 0;
+  const ids = everyId(hidden, tokens, count); // [tokens, count]
+  const real = mask ? where(reshape(mask, [tokens, 1]), ids, -1) : ids;
+  return dispatch(real, { count, bound: tokens * count });
+}
+
+/** Every expert on every real token: `[tokens, experts, width']`, zeros for padding. */
+function allOutputs(
+  experts: Experts,
+  params: Tree,
+  { hidden, layout }: RouterInput,
+  mask: Tensor | undefined,
+): Outputs {
+  const tokens = hidden.shape[0] ?? 0;
+  const { rows, slots, ends } = dispatchAll(hidden, experts.count, mask);
+  const { output, ...rest } = experts.apply(params, takeRows(hidden, rows), ends, layout);
+  const width = output.shape[1] ?? 0;
+  return { output: reshape(addRows(output, slots, tokens * experts.count), [tokens, experts.count, width]), ...rest };
+}
+
+/** Shared experts, summed: `[tokens, width']`, zeros for padding. */
+function runShared({ experts }: SharedExperts, params: Tree, { hidden, layout }: RouterInput): Outputs {
+  const tokens = hidden.shape[0] ?? 0;
+  const mask = tokenMask(layout);
+  const own = branch(params, "experts");
+  const gate = find(params, "gate");
+  let applied: Outputs;
+  if (experts.count === 1 && mask === undefined) {
+    applied = experts.apply(own, hidden, hostConstant(hidden, Int32Array.of(tokens), [1]), layout);
+  } else {
+    const { rows, ends } = dispatchAll(hidden, experts.count, mask);
+    const { output, ...rest } = experts.apply(own, takeRows(hidden, rows), ends, layout);
+    applied = { output: addRows(output, rows, tokens), ...rest };
+  }
+  if (gate === undefined) return applied;
+  if (!isTensor(gate)) throw new ShapeError("moe: the gate of shared experts must be one tensor [1, width]");
+  return { ...applied, output: mul(applied.output, sigmoid(linear(hidden, gate))) }; // gate: [tokens, 1]
+}
+
+const named = (prefix: string, losses: Routed["losses"] = {}): Routed["losses"] =>
+  Object.fromEntries(Object.entries(losses).map(([name, loss]) => [`${prefix}.${name}`, loss]));
+
+function tokenPlan(plan: Plan): TokenPlan {
+  if (plan.kind === "slots" || plan.kind === "merge") {
+    throw new UnsupportedError(
+      `moe: expertOutputs cannot be combined by a "${plan.kind}" plan; return a sparse, dense or expert-choice plan`,
+    );
+  }
+  return plan;
+}
+
+function find(params: Tree, name: string): Tree | undefined {
+  return isTensor(params) ? undefined : Object.entries(params).find(([key]) => key === name)?.[1];
+}
+
+function branch(params: Tree, name: string): Tree {
+  const found = find(params, name);
+  if (found === undefined) {
+    throw new ShapeError(
+      `moe: the parameters lack "${name}"; expected { router, experts, shared? }, as layerParams(layer) gives them`,
+    );
+  }
+  return found;
 }

@@ -1,9 +1,9 @@
 // Auxiliary losses of routers, as functions of tensors. Counts carry no gradient, mean probabilities do; a masked token (padding)
 // enters no count and no mean. Weights are the caller's: every function returns the bare value, [] unless it says otherwise.
 import { ShapeError } from "../errors.ts";
-import { add, div, less, log, maximum, mul, neg, square, where } from "../ops/elementwise.ts";
+import { add, div, less, maximum, mul, neg, square, where } from "../ops/elementwise.ts";
 import { blockSizes } from "../ops/experts.ts";
-import { logSumExp, softmax } from "../ops/normalise.ts";
+import { entropyLast, logSumExp, softmax } from "../ops/normalise.ts";
 import { mean, sum, sumLast } from "../ops/reduce.ts";
 import { blockEnds, topkIndices } from "../ops/rows.ts";
 import { concat, constant, hostConstant, reshape, slice } from "../ops/shape.ts";
@@ -24,9 +24,7 @@ export interface Balance {
  * probability. With k > 1 the f_e sum to k; `normalizeByK` divides by k. `load [experts]` replaces f, for shares counted over
  * several micro-batches (GRIN 2409.12136). Uniform routing gives k, or 1 when normalised.
  */
-export function switchBalance(
-  options: Balance & { readonly normalizeByK?: boolean; readonly load?: Tensor },
-): Tensor {
+export function switchBalance(options: Balance & { readonly normalizeByK?: boolean; readonly load?: Tensor }): Tensor {
   const { probabilities, experts, mask, normalizeByK = false, load } = options;
   checkTokens("switchBalance", probabilities, experts, mask);
   const [tokens = 0, count = 0] = probabilities.shape;
@@ -65,7 +63,7 @@ export function mixtralBalance(
 /** Router z-loss (ST-MoE 2202.08906, eq. 5): the mean of logsumexp(logits)² over the tokens of `logits [tokens, experts]`. */
 export function zLoss(logits: Tensor, mask?: Tensor): Tensor {
   checkTokens("zLoss", logits, undefined, mask);
-  return sum(meanOverTokens(square(logSumExp(logits)), mask));
+  return reshape(meanOverTokens(square(logSumExp(logits)), mask), []);
 }
 
 /** Squared coefficient of variation of `x [n]` (1701.06538, eq. 7): variance / (mean² + 1e-10); `sample` divides by n - 1. */
@@ -100,13 +98,19 @@ export function sequenceBalances(options: SequenceBalance): Tensor {
     throw new ShapeError(`sequenceBalance: ${tokens} tokens do not split into ${batch} sequences`);
   }
   const sequence = tokens / Math.max(batch, 1);
-  const row = hostConstant(experts, Int32Array.from({ length: tokens }, (_, t) => Math.floor(t / sequence) * count), [tokens, 1]);
+  const row = hostConstant(
+    experts,
+    Int32Array.from({ length: tokens }, (_, t) => Math.floor(t / sequence) * count),
+    [tokens, 1],
+  );
   const ids = where(inside(experts, count), add(experts, row), -1);
   const counts = reshape(idCounts(ids, batch * count, mask), [batch, count]);
   const normal = div(scores, add(sumLast(scores), 1e-20)); // [tokens, experts]
   const kept = mask ? where(reshape(mask, [tokens, 1]), normal, 0) : normal;
   const totals = sum(reshape(kept, [batch, sequence, count]), [1]); // [batch, experts]
-  const real = mask ? maximum(sum(reshape(mask, [batch, sequence]), [1]), 1) : filled(scores, [batch], Math.max(sequence, 1));
+  const real = mask
+    ? maximum(sum(reshape(mask, [batch, sequence]), [1]), 1)
+    : filled(scores, [batch], Math.max(sequence, 1));
   return mul(div(sum(mul(counts, totals), [1]), square(real)), count / Math.max(k, 1));
 }
 
@@ -119,23 +123,17 @@ export function sequenceBalance(options: SequenceBalance): Tensor {
   return div(sum(values), maximum(sum(present), 1));
 }
 
-/** Entropy of each token's distribution, in nats: `probabilities [tokens, experts]` -> `[tokens]`. */
-export function tokenEntropy(probabilities: Tensor): Tensor {
-  // 0 log 0 is 0, and its gradient is cut rather than infinite.
-  const inner = where(less(0, probabilities), probabilities, 1);
-  return neg(sum(mul(inner, log(inner)), [-1]));
-}
-
-/** Mean of the tokens' entropies: how undecided the router is, from 0 to ln(experts). */
-export function meanTokenEntropy(probabilities: Tensor, mask?: Tensor): Tensor {
-  checkTokens("meanTokenEntropy", probabilities, undefined, mask);
-  return sum(meanOverTokens(reshape(tokenEntropy(probabilities), [probabilities.shape[0] ?? 0, 1]), mask));
+/** Mean of the tokens' entropies in nats: how undecided the router is, from 0 to ln(experts). Per token: `entropyLast`. */
+export function tokenEntropy(probabilities: Tensor, mask?: Tensor): Tensor {
+  checkTokens("tokenEntropy", probabilities, undefined, mask);
+  const entropies = reshape(entropyLast(probabilities), [probabilities.shape[0] ?? 0, 1]);
+  return reshape(meanOverTokens(entropies, mask), []);
 }
 
 /** Entropy of the mean distribution: how evenly the experts are used, from 0 to ln(experts). */
 export function entropyOfMean(probabilities: Tensor, mask?: Tensor): Tensor {
   checkTokens("entropyOfMean", probabilities, undefined, mask);
-  return tokenEntropy(meanOverTokens(probabilities, mask));
+  return entropyLast(meanOverTokens(probabilities, mask));
 }
 
 // ---------------------------------------------------------------- counts and means

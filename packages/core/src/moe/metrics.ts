@@ -5,7 +5,7 @@ import { addRows, takeRows } from "../ops/rows.ts";
 import { constant, pad, reshape, slice } from "../ops/shape.ts";
 import type { Tensor } from "../tensor.ts";
 import { inside } from "./dispatch.ts";
-import { entropyOfMean, filled, idCounts, meanTokenEntropy } from "./losses.ts";
+import { entropyOfMean, filled, idCounts, tokenEntropy } from "./losses.ts";
 import type { Plan, Routed } from "./plan.ts";
 
 interface Sizes {
@@ -98,7 +98,7 @@ export function routingMetrics(routed: Routed, sizes: Sizes, tokens: number): Re
   const probabilities = stopGradient(routed.probabilities);
   return {
     ...metrics,
-    entropy: meanTokenEntropy(probabilities, sizes.mask),
+    entropy: tokenEntropy(probabilities, sizes.mask),
     entropyOfMean: entropyOfMean(probabilities, sizes.mask),
   };
 }

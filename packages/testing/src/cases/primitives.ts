@@ -144,7 +144,7 @@ function wheres(): BackendCase[] {
 function unaries(): BackendCase[] {
   const table: readonly [string, (x: Tensor) => Tensor, (x: number) => number, number, number, number[]][] = [
     ["recip", recip, (x) => 1 / x, 0.25, 4, [0, high, low, -2]],
-    ["exp", exp, Math.exp, -6, 6, [low, high, 0, -104, 100]],
+    ["exp", exp, Math.exp, -6, 6, [low, high, 0, -104, 1000]],
     ["log", log, Math.log, 0.05, 9, [0, high, 1, 1e-30, 1e30]],
     ["sqrt", sqrt, Math.sqrt, 0.05, 9, [0, high, 1, 1e-20]],
     ["tanh", tanh, Math.tanh, -4, 4, [low, high, 0, 30, -30, 1e-4]],
@@ -173,8 +173,8 @@ function unaries(): BackendCase[] {
     return [...cases, ...edges];
   });
 }
-/** What f32 can say: too large is infinite, and denormals may be flushed, so results below the smallest normal count as 0. */
-const single = (value: number): number => (Math.abs(value) < 1.2e-38 ? 0 : Math.abs(value) > 3.4028235e38 ? Math.sign(value) * high : value);
+/** Devices may flush denormals: results below the smallest normal f32 count as 0. */
+const single = (value: number): number => (Math.abs(value) < 1.2e-38 ? 0 : value);
 
 function casts(): BackendCase[] {
   return [

@@ -1,0 +1,134 @@
+// The report as a document: self-contained, complete, escaped, and with figures that hold the numbers.
+import { parseHTML } from "linkedom";
+import { describe, expect, test } from "vitest";
+import { exampleResults } from "../test/example.ts";
+import { spread, thinned } from "./figures.ts";
+import { finding, renderReport } from "./report.ts";
+import type { Results } from "./results.ts";
+
+const results = exampleResults([1, 2, 3], 3);
+const html = renderReport(results);
+const { document } = parseHTML(html);
+
+describe("renderReport", () => {
+  test("is one file: nothing is fetched", () => {
+    const addresses = html.match(/https?:\/\/[^"')\s<]+/g) ?? [];
+    expect(addresses.filter((address) => !address.startsWith("http://www.w3.org/"))).toEqual([]);
+    expect(document.querySelectorAll("link, img, iframe, script[src]").length).toBe(0);
+    expect(html).not.toMatch(/@import|url\(/);
+  });
+
+  test("the same results give the same bytes", () => expect(renderReport(results)).toBe(html));
+
+  test("the table has a row per router and baseline, the best is marked", () => {
+    const rows = [...document.querySelectorAll("tbody tr")];
+    expect(rows.map((row) => row.querySelector("th")?.textContent?.trim())).toEqual([
+      "topK",
+      "switchRouter",
+      "reMoE",
+      "order-2 bytes",
+      "order-3 bytes",
+    ]);
+    expect(document.querySelectorAll(".best").length).toBe(1);
+    expect(rows[0]?.querySelector(".best")?.textContent).toContain(results.summary[0]?.bitsPerByte.mean.toFixed(3));
+  });
+
+  test("every figure is drawn for a page and for a phone and says in words what it shows", () => {
+    const labelled = [...document.querySelectorAll("svg[role=img]")];
+    // loss, domains, one heat map per router: twice each; four small figures once
+    expect(labelled.length).toBe(2 * (1 + 1 + 3) + 4);
+    for (const svg of labelled) expect(svg.getAttribute("aria-label")).toMatch(/\d/);
+    expect(html).not.toContain("NaN");
+  });
+
+  test("the heat map prints every load as a multiple of an even share", () => {
+    const map = document.querySelector('svg[aria-label*="for topK"]');
+    const numbers = [...(map?.querySelectorAll('g[aria-label="text"] text') ?? [])].map((text) => text.textContent);
+    const loads = results.runs[0]?.checkpoints.at(-1)?.layers.flatMap(({ load }) => load.flat()) ?? [];
+    expect(numbers).toEqual(loads.map((share) => (share * 8).toFixed(1)));
+  });
+
+  test("the sample keeps its text, marks the prompt and knows each token's experts", () => {
+    const reading = document.querySelector(".reading");
+    const spans = [...(reading?.querySelectorAll(".t") ?? [])];
+    const sample = results.runs[0]?.samples[0];
+    expect(spans.map((span) => span.getAttribute("data-text")).join("")).toBe(sample?.tokens.map(({ text }) => text).join(""));
+    expect(spans.filter((span) => span.classList.contains("prompt")).map((s) => s.textContent).join("")).toBe("It was");
+    const routes = JSON.parse(reading?.querySelector("script")?.textContent ?? "null");
+    expect(routes).toHaveLength(spans.length);
+    const [experts, weights] = routes[4][1];
+    expect(new Set(experts)).toEqual(new Set(sample?.tokens[4]?.layers[1]?.experts));
+    expect(weights[0]).toBeGreaterThanOrEqual(weights[1]);
+  });
+
+  test("names and texts from outside cannot become markup", () => {
+    const nasty = '</script><b onload="x">&';
+    const [run] = results.runs;
+    const [sample] = run?.samples ?? [];
+    if (run === undefined || sample === undefined) throw new Error("the example has runs and samples");
+    const tokens = [{ text: nasty, layers: [{ experts: [0], weights: [1] }] }];
+    const evil: Results = {
+      ...results,
+      name: nasty,
+      domains: results.domains.map((domain) => ({ ...domain, name: nasty })),
+      runs: [{ ...run, router: nasty, samples: [{ ...sample, text: nasty, tokens }] }],
+    };
+    const page = parseHTML(renderReport(evil)).document;
+    expect(page.querySelectorAll("b").length).toBe(0);
+    expect(page.querySelector(".t")?.textContent).toBe(nasty);
+  });
+
+  test("results without a finished run still make a page that says so", () => {
+    const page = renderReport({ ...results, complete: false, runs: [], summary: [] });
+    expect(page).toContain("No run has finished yet.");
+    expect(page).toContain("interrupted");
+  });
+
+  test("runs of unequal length and a single seed are drawn", () => {
+    const runs = exampleResults().runs.map((run, i) => ({ ...run, checkpoints: run.checkpoints.slice(0, 2 + i) }));
+    expect(renderReport({ ...exampleResults(), runs })).not.toContain("NaN");
+  });
+});
+
+describe("finding", () => {
+  const row = (router: string, mean: number, halfWidth?: number) => {
+    const [first] = results.summary;
+    if (first === undefined) throw new Error("the example has a summary");
+    return { ...first, router, bitsPerByte: { mean, ...(halfWidth === undefined ? {} : { halfWidth }) } };
+  };
+  const of = (...summary: ReturnType<typeof row>[]): string => finding({ ...results, summary });
+
+  test("claims no more than the seeds allow", () => {
+    expect(of(row("a", 2.5, 0.01), row("b", 2.6, 0.02))).toContain("b follows 0.100 behind; the 95 % intervals over the seeds do not overlap");
+    expect(of(row("a", 2.5, 0.1), row("b", 2.6, 0.02))).toContain("overlap, so the order is not certain");
+    expect(of(row("a", 2.5), row("b", 2.4))).toContain("b needs 2.400 bits per byte");
+    expect(of(row("a", 2.5), row("b", 2.4))).toContain("within chance");
+  });
+
+  test("names the strongest baseline that is beaten, or says that none is", () => {
+    expect(of(row("a", 2.5))).toContain("the order-2 bytes model needs 2.760");
+    expect(of(row("a", 2.1))).toContain("the order-3 bytes model needs 2.130");
+    expect(of(row("a", 2.9))).toContain("does not yet beat the order-2 bytes model (2.760)");
+  });
+});
+
+describe("spread", () => {
+  test.each([
+    [[], []],
+    [[10], [10]],
+    [[10, 40], [10, 40]],
+    [[10, 12], [3.5, 18.5]],
+    [[12, 10], [18.5, 3.5]],
+    [[10, 10, 10], [-5, 10, 25]],
+    [[0, 1, 100], [-7, 8, 100]],
+  ])("%j -> %j", (positions, expected) => expect(spread(positions, 15)).toEqual(expected));
+});
+
+test("thinned takes means of stretches and keeps short series", () => {
+  expect(thinned([1, 2, 3, 4, 5], 2)).toEqual([
+    { at: 2, value: 2 },
+    { at: 4.5, value: 4.5 },
+  ]);
+  expect(thinned([7, 8], 10).map(({ value }) => value)).toEqual([7, 8]);
+  expect(thinned([], 3)).toEqual([]);
+});

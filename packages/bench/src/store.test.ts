@@ -1,0 +1,94 @@
+// Files that are whole or absent; snapshots that come back exactly or are refused.
+import { chmodSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { CheckpointError, type TrainerSnapshot } from "@switchyard/core";
+import { afterAll, describe, expect, test } from "vitest";
+import { readSnapshot, readText, writableFolder, writeSnapshot, writeWhole } from "./store.ts";
+
+const folder = mkdtempSync(join(tmpdir(), "switchyard-store-"));
+afterAll(() => rmSync(folder, { recursive: true }));
+
+describe("writeWhole", () => {
+  test("replaces a file and leaves no other", () => {
+    const inside = join(folder, "whole");
+    mkdirSync(inside);
+    writeWhole(join(inside, "a.txt"), ["one"]);
+    writeWhole(join(inside, "a.txt"), ["t", Uint8Array.of(119, 111)]);
+    expect(readFileSync(join(inside, "a.txt"), "utf8")).toBe("two");
+    expect(readdirSync(inside)).toEqual(["a.txt"]);
+  });
+
+  test("a failure says what and why and leaves nothing behind", () => {
+    expect(() => writeWhole(join(folder, "nowhere", "a.txt"), ["x"])).toThrow(
+      new CheckpointError(`cannot write ${join(folder, "nowhere", "a.txt")}: no such file or folder`),
+    );
+    const inside = join(folder, "taken");
+    mkdirSync(join(inside, "a.txt"), { recursive: true });
+    expect(() => writeWhole(join(inside, "a.txt"), ["x"])).toThrow("it is a folder");
+    expect(readdirSync(inside)).toEqual(["a.txt"]);
+  });
+});
+
+describe("writableFolder", () => {
+  test("makes the folder and leaves it empty", () => {
+    writableFolder(join(folder, "new", "deep"));
+    expect(readdirSync(join(folder, "new", "deep"))).toEqual([]);
+  });
+
+  test("a file in the way is named", () => {
+    writeFileSync(join(folder, "file"), "x");
+    expect(() => writableFolder(join(folder, "file", "below"))).toThrow("a part of the path is a file");
+  });
+
+  test.skipIf(process.getuid?.() === 0 || process.platform === "win32")("a read-only folder is refused (not as root)", () => {
+    const locked = join(folder, "locked");
+    mkdirSync(locked);
+    chmodSync(locked, 0o500);
+    expect(() => writableFolder(locked)).toThrow("permission denied");
+  });
+});
+
+test("reading what is not there names the file", () => {
+  expect(() => readText(join(folder, "none.json"))).toThrow(`cannot read ${join(folder, "none.json")}: no such file or folder`);
+});
+
+describe("snapshots", () => {
+  const snapshot: TrainerSnapshot = {
+    json: { steps: 3, history: [1e-300, 0.1, null], name: "é" },
+    arrays: {
+      "params.w": { data: Float32Array.of(1.5, -0, Number.NaN, Number.POSITIVE_INFINITY), shape: [2, 2], dtype: "f32" },
+      "params.none": { data: new Float32Array(0), shape: [0, 7], dtype: "f32" },
+      "buffers.0.ids": { data: Int32Array.of(-1, 7), shape: [2], dtype: "i32" },
+      "buffers.0.wide": { data: Float64Array.of(Math.PI), shape: [], dtype: "f32" },
+      bytes: { data: Uint8Array.of(255), shape: [1], dtype: "u8" },
+      halves: { data: Uint16Array.of(65_535), shape: [1], dtype: "f16" },
+    },
+  };
+  const path = join(folder, "run.snapshot");
+  writeSnapshot(path, snapshot, { seconds: 4.5 });
+
+  test("come back exactly", () => {
+    const { snapshot: back, more } = readSnapshot(path);
+    expect(back).toEqual(snapshot);
+    expect(Object.is(back.arrays["params.w"]?.data[1], -0)).toBe(true);
+    expect(more).toEqual({ seconds: 4.5 });
+  });
+
+  test("every kind of damage is noticed", () => {
+    const bytes = readFileSync(path);
+    const damaged = join(folder, "damaged.snapshot");
+    for (const at of [60, 100, bytes.length - 1]) {
+      const copy = Buffer.from(bytes);
+      copy[at] = (copy[at] ?? 0) ^ 1;
+      writeFileSync(damaged, copy);
+      expect(() => readSnapshot(damaged)).toThrow(/damaged\.snapshot: the snapshot is damaged/);
+    }
+    writeFileSync(damaged, bytes.subarray(0, bytes.length - 5));
+    expect(() => readSnapshot(damaged)).toThrow("damaged");
+    for (const text of ["", "hello", "switchyard snapshot 1\n"]) {
+      writeFileSync(damaged, text);
+      expect(() => readSnapshot(damaged)).toThrow("not a snapshot");
+    }
+  });
+});

@@ -1,0 +1,627 @@
+// Matrix products. Many rows: A and B are packed into panels and a 6 x 8 register tile walks them. Few rows: dot products straight from
+// row-major weights, nothing is packed. The host cuts every product (plain, batched, grouped by expert) into tasks; kernels only run tasks.
+import { BF16, BF16_KIND, F16, F16_KIND, F32_KIND, load1, load4, loadTail, madd, silu4, storeTail, sumLanes4, zero } from "./simd";
+
+/** Rows of a packed panel of A, columns of a packed panel of B. */
+const MR: i32 = 6;
+const NR: i32 = 8;
+/** The sum over k is cut into blocks of this length: panels stay in the first cache, and long sums lose less precision. */
+const KC: i32 = 256;
+/** Most columns of one task; the host knows it as MAX_COLUMNS. */
+const NC: i32 = 128;
+/** Scratch of a thread: one packed block of B, one edge tile, then the SwiGLU block. The host knows the total. */
+const TILE_OFFSET: usize = <usize>(KC * NC * 4);
+const BLOCK_OFFSET: usize = TILE_OFFSET + <usize>(MR * NR * 4);
+
+// ---------------------------------------------------------------- packing of A
+
+@unmanaged
+class PackRows {
+  panels: usize; // of Panel
+  a: usize;
+  lda: i32; // bytes from row to row
+}
+@unmanaged
+class Panel {
+  rows: usize; // ids of the rows when gathered (bytes into the id list), else address of the first row
+  count: i32; // 1..6
+  k: i32;
+  to: usize;
+}
+
+/** Panels [k][6] of row-major rows; rows past `count` repeat the first one. */
+export function packRows(job: PackRows, from: i32, to: i32, scratch: usize): void {
+  for (let i = from; i < to; i++) {
+    const panel = changetype<Panel>(job.panels + (<usize>i) * offsetof<Panel>());
+    const p0 = panel.rows;
+    const lda = <usize>job.lda;
+    const n = panel.count;
+    pack6(
+      p0,
+      n > 1 ? p0 + lda : p0,
+      n > 2 ? p0 + 2 * lda : p0,
+      n > 3 ? p0 + 3 * lda : p0,
+      n > 4 ? p0 + 4 * lda : p0,
+      n > 5 ? p0 + 5 * lda : p0,
+      panel.k,
+      panel.to,
+    );
+  }
+}
+
+/** The same for rows named by a list of ids: `rows` is the address of the first id. */
+export function packGathered(job: PackRows, from: i32, to: i32, scratch: usize): void {
+  for (let i = from; i < to; i++) {
+    const panel = changetype<Panel>(job.panels + (<usize>i) * offsetof<Panel>());
+    const ids = panel.rows;
+    const lda = <usize>job.lda;
+    const n = panel.count;
+    const p0 = job.a + (<usize>load<i32>(ids)) * lda;
+    pack6(
+      p0,
+      n > 1 ? job.a + (<usize>load<i32>(ids, 4)) * lda : p0,
+      n > 2 ? job.a + (<usize>load<i32>(ids, 8)) * lda : p0,
+      n > 3 ? job.a + (<usize>load<i32>(ids, 12)) * lda : p0,
+      n > 4 ? job.a + (<usize>load<i32>(ids, 16)) * lda : p0,
+      n > 5 ? job.a + (<usize>load<i32>(ids, 20)) * lda : p0,
+      panel.k,
+      panel.to,
+    );
+  }
+}
+
+function pack6(p0: usize, p1: usize, p2: usize, p3: usize, p4: usize, p5: usize, k: i32, to: usize): void {
+  const bytes = (<usize>k) << 2;
+  let i: usize = 0;
+  for (; i + 16 <= bytes; i += 16) {
+    const a = v128.load(p0 + i);
+    const b = v128.load(p1 + i);
+    const c = v128.load(p2 + i);
+    const d = v128.load(p3 + i);
+    const e = v128.load(p4 + i);
+    const f = v128.load(p5 + i);
+    const ab = v128.shuffle<f32>(a, b, 0, 4, 1, 5);
+    const cd = v128.shuffle<f32>(c, d, 0, 4, 1, 5);
+    const ef = v128.shuffle<f32>(e, f, 0, 4, 1, 5);
+    v128.store(to, v128.shuffle<f32>(ab, cd, 0, 1, 4, 5));
+    v128.store_lane<u64>(to, ef, 0, 16);
+    v128.store(to, v128.shuffle<f32>(ab, cd, 2, 3, 6, 7), 24);
+    v128.store_lane<u64>(to, ef, 1, 40);
+    const AB = v128.shuffle<f32>(a, b, 2, 6, 3, 7);
+    const CD = v128.shuffle<f32>(c, d, 2, 6, 3, 7);
+    const EF = v128.shuffle<f32>(e, f, 2, 6, 3, 7);
+    v128.store(to, v128.shuffle<f32>(AB, CD, 0, 1, 4, 5), 48);
+    v128.store_lane<u64>(to, EF, 0, 64);
+    v128.store(to, v128.shuffle<f32>(AB, CD, 2, 3, 6, 7), 72);
+    v128.store_lane<u64>(to, EF, 1, 88);
+    to += 96;
+  }
+  for (; i < bytes; i += 4) {
+    store<f32>(to, load<f32>(p0 + i));
+    store<f32>(to, load<f32>(p1 + i), 4);
+    store<f32>(to, load<f32>(p2 + i), 8);
+    store<f32>(to, load<f32>(p3 + i), 12);
+    store<f32>(to, load<f32>(p4 + i), 16);
+    store<f32>(to, load<f32>(p5 + i), 20);
+    to += 24;
+  }
+}
+
+/** Panels of a transposed A, stored [k, rows]: six neighbours of each line. Lanes past `count` hold whatever follows; nobody reads them. */
+export function packColumns(job: PackRows, from: i32, to: i32, scratch: usize): void {
+  for (let i = from; i < to; i++) {
+    const panel = changetype<Panel>(job.panels + (<usize>i) * offsetof<Panel>());
+    const lda = <usize>job.lda;
+    let p = panel.rows;
+    let out = panel.to;
+    const end = out + (<usize>panel.k) * (MR * 4);
+    while (out < end) {
+      v128.store(out, v128.load(p));
+      store<u64>(out, load<u64>(p, 16), 16);
+      p += lda;
+      out += MR * 4;
+    }
+  }
+}
+
+// ---------------------------------------------------------------- packing of B
+
+/** Panels [k][8] of B stored [n, k] (weights, out-major): n <= 8 rows from `b`. */
+function packPanel<T>(b: usize, ldb: usize, n: i32, k: i32, to: usize): void {
+  const p0 = b;
+  const p1 = n > 1 ? b + ldb : b;
+  const p2 = n > 2 ? b + 2 * ldb : b;
+  const p3 = n > 3 ? b + 3 * ldb : b;
+  const p4 = n > 4 ? b + 4 * ldb : b;
+  const p5 = n > 5 ? b + 5 * ldb : b;
+  const p6 = n > 6 ? b + 6 * ldb : b;
+  const p7 = n > 7 ? b + 7 * ldb : b;
+  const whole = (<usize>(k & ~3)) * sizeof<T>();
+  let i: usize = 0;
+  for (; i < whole; i += 4 * sizeof<T>()) {
+    transposeTo(load4<T>(p0 + i), load4<T>(p1 + i), load4<T>(p2 + i), load4<T>(p3 + i), to);
+    transposeTo(load4<T>(p4 + i), load4<T>(p5 + i), load4<T>(p6 + i), load4<T>(p7 + i), to + 16);
+    to += 128;
+  }
+  const bytes = (<usize>k) * sizeof<T>();
+  for (; i < bytes; i += sizeof<T>()) {
+    store<f32>(to, load1<T>(p0 + i));
+    store<f32>(to, load1<T>(p1 + i), 4);
+    store<f32>(to, load1<T>(p2 + i), 8);
+    store<f32>(to, load1<T>(p3 + i), 12);
+    store<f32>(to, load1<T>(p4 + i), 16);
+    store<f32>(to, load1<T>(p5 + i), 20);
+    store<f32>(to, load1<T>(p6 + i), 24);
+    store<f32>(to, load1<T>(p7 + i), 28);
+    to += 32;
+  }
+}
+
+/** Four rows of four become four columns, 32 bytes apart. */
+@inline
+function transposeTo(a: v128, b: v128, c: v128, d: v128, to: usize): void {
+  const ab = v128.shuffle<f32>(a, b, 0, 4, 1, 5);
+  const cd = v128.shuffle<f32>(c, d, 0, 4, 1, 5);
+  const AB = v128.shuffle<f32>(a, b, 2, 6, 3, 7);
+  const CD = v128.shuffle<f32>(c, d, 2, 6, 3, 7);
+  v128.store(to, v128.shuffle<f32>(ab, cd, 0, 1, 4, 5));
+  v128.store(to, v128.shuffle<f32>(ab, cd, 2, 3, 6, 7), 32);
+  v128.store(to, v128.shuffle<f32>(AB, CD, 0, 1, 4, 5), 64);
+  v128.store(to, v128.shuffle<f32>(AB, CD, 2, 3, 6, 7), 96);
+}
+
+function packBlockRows<T>(b: usize, ldb: usize, n: i32, k: i32, to: usize): void {
+  for (let j = 0; j < n; j += NR) {
+    packPanel<T>(b + (<usize>j) * ldb, ldb, min(n - j, NR), k, to);
+    to += (<usize>k) * (NR * 4);
+  }
+}
+
+/** Panels [k][8] of B stored [k, n]. Lanes past n hold whatever follows. */
+function packBlockColumns<T>(b: usize, ldb: usize, n: i32, k: i32, to: usize): void {
+  for (let j = 0; j < n; j += NR) {
+    let p = b + (<usize>j) * sizeof<T>();
+    const end = to + (<usize>k) * (NR * 4);
+    while (to < end) {
+      v128.store(to, load4<T>(p));
+      v128.store(to, load4<T>(p + 4 * sizeof<T>()), 16);
+      p += ldb;
+      to += NR * 4;
+    }
+  }
+}
+
+// ---------------------------------------------------------------- the register tile
+
+/** c[rows x 8] (+)= panel of A times panel of B. `rows` is a constant of 1..6: the compiler drops the branches. */
+@inline
+function tile(rows: i32, a: usize, b: usize, step: usize, k: i32, c: usize, ldc: usize, add: bool): void {
+  let c00 = zero(), c01 = zero(), c10 = zero(), c11 = zero(), c20 = zero(), c21 = zero();
+  let c30 = zero(), c31 = zero(), c40 = zero(), c41 = zero(), c50 = zero(), c51 = zero();
+  for (let i = 0; i < k; i++) {
+    const b0 = v128.load(b);
+    const b1 = v128.load(b, 16);
+    let x = v128.load_splat<f32>(a);
+    c00 = madd(x, b0, c00);
+    c01 = madd(x, b1, c01);
+    if (rows > 1) {
+      x = v128.load_splat<f32>(a, 4);
+      c10 = madd(x, b0, c10);
+      c11 = madd(x, b1, c11);
+    }
+    if (rows > 2) {
+      x = v128.load_splat<f32>(a, 8);
+      c20 = madd(x, b0, c20);
+      c21 = madd(x, b1, c21);
+    }
+    if (rows > 3) {
+      x = v128.load_splat<f32>(a, 12);
+      c30 = madd(x, b0, c30);
+      c31 = madd(x, b1, c31);
+    }
+    if (rows > 4) {
+      x = v128.load_splat<f32>(a, 16);
+      c40 = madd(x, b0, c40);
+      c41 = madd(x, b1, c41);
+    }
+    if (rows > 5) {
+      x = v128.load_splat<f32>(a, 20);
+      c50 = madd(x, b0, c50);
+      c51 = madd(x, b1, c51);
+    }
+    a += MR * 4;
+    b += step;
+  }
+  put(c, c00, c01, add);
+  if (rows > 1) put(c + ldc, c10, c11, add);
+  if (rows > 2) put(c + 2 * ldc, c20, c21, add);
+  if (rows > 3) put(c + 3 * ldc, c30, c31, add);
+  if (rows > 4) put(c + 4 * ldc, c40, c41, add);
+  if (rows > 5) put(c + 5 * ldc, c50, c51, add);
+}
+
+@inline
+function put(c: usize, x: v128, y: v128, add: bool): void {
+  if (add) {
+    x = f32x4.add(v128.load(c), x);
+    y = f32x4.add(v128.load(c, 16), y);
+  }
+  v128.store(c, x);
+  v128.store(c, y, 16);
+}
+
+function tile6(a: usize, b: usize, step: usize, k: i32, c: usize, ldc: usize, add: bool): void {
+  tile(6, a, b, step, k, c, ldc, add);
+}
+function tile4(a: usize, b: usize, step: usize, k: i32, c: usize, ldc: usize, add: bool): void {
+  tile(4, a, b, step, k, c, ldc, add);
+}
+function tile2(a: usize, b: usize, step: usize, k: i32, c: usize, ldc: usize, add: bool): void {
+  tile(2, a, b, step, k, c, ldc, add);
+}
+
+/** One tile of any size up to 6 x 8: edges go through a whole tile in scratch. */
+function anyTile(
+  rows: i32,
+  columns: i32,
+  a: usize,
+  b: usize,
+  step: usize,
+  k: i32,
+  c: usize,
+  ldc: usize,
+  add: bool,
+  buffer: usize,
+): void {
+  const direct = columns == NR && (rows & 1) == 0;
+  const to = direct ? c : buffer;
+  const ld = direct ? ldc : <usize>(NR * 4);
+  const sum = direct && add;
+  if (rows > 4) tile6(a, b, step, k, to, ld, sum);
+  else if (rows > 2) tile4(a, b, step, k, to, ld, sum);
+  else tile2(a, b, step, k, to, ld, sum);
+  if (direct) return;
+  for (let r = 0; r < rows; r++) {
+    for (let j: usize = 0; j < (<usize>columns) << 2; j += 4) {
+      const x = load<f32>(buffer + j);
+      store<f32>(c + j, add ? load<f32>(c + j) + x : x);
+    }
+    buffer += NR * 4;
+    c += ldc;
+  }
+}
+
+/** c[m x n] (+)= panels of A (`k` long, starting at `a`, `stride` bytes apart) times one packed block of B. */
+function multiplyPacked(
+  a: usize,
+  stride: usize,
+  m: i32,
+  n: i32,
+  k: i32,
+  b: usize,
+  panelBytes: usize,
+  step: usize,
+  c: usize,
+  ldc: usize,
+  add: bool,
+  buffer: usize,
+): void {
+  for (let i = 0; i < m; i += MR) {
+    const rows = min(m - i, MR);
+    let panel = b;
+    for (let j = 0; j < n; j += NR) {
+      const to = c + ((<usize>j) << 2);
+      if (rows == MR && n - j >= NR) tile6(a, panel, step, k, to, ldc, add);
+      else anyTile(rows, min(n - j, NR), a, panel, step, k, to, ldc, add, buffer);
+      panel += panelBytes;
+    }
+    a += stride;
+    c += (<usize>MR) * ldc;
+  }
+}
+
+// ---------------------------------------------------------------- kernels over tasks
+
+@unmanaged
+class Product {
+  tasks: usize; // of Task
+  ldb: i32; // bytes from row to row
+  ldc: i32;
+  kind: i32; // storage of B: F32_KIND, BF16_KIND, F16_KIND
+  columns: i32; // 0: B stored [n, k]; 1: B stored [k, n]
+  half: i32; // SwiGLU: bytes from a gate row of B to its up row
+  lda: i32; // dots: bytes from row to row of A
+  gathered: usize; // dots: 0, or the address of row 0 when task.a is a list of row ids
+}
+@unmanaged
+class Task {
+  a: usize; // packed panels, rows, or ids of rows
+  m: i32;
+  k: i32;
+  b: usize;
+  n: i32; // at most NC
+  c: usize;
+  bias: usize; // 0: none
+}
+
+function packBlock(b: usize, ldb: usize, kind: i32, columns: i32, n: i32, k: i32, to: usize): void {
+  if (columns) {
+    if (kind == BF16_KIND) packBlockColumns<BF16>(b, ldb, n, k, to);
+    else if (kind == F16_KIND) packBlockColumns<F16>(b, ldb, n, k, to);
+    else packBlockColumns<f32>(b, ldb, n, k, to);
+  } else {
+    if (kind == BF16_KIND) packBlockRows<BF16>(b, ldb, n, k, to);
+    else if (kind == F16_KIND) packBlockRows<F16>(b, ldb, n, k, to);
+    else packBlockRows<f32>(b, ldb, n, k, to);
+  }
+}
+
+@inline
+function elementSize(kind: i32): i32 {
+  return kind == F32_KIND ? 4 : 2;
+}
+
+/** Bytes from element (n, k) to element (n, k + by) of B. */
+@inline
+function alongK(job: Product, by: i32): usize {
+  return <usize>by * <usize>(job.columns ? job.ldb : elementSize(job.kind));
+}
+
+/** Products from packed panels of A: c = a b (+ bias). */
+export function multiply(job: Product, from: i32, to: i32, scratch: usize): void {
+  for (let t = from; t < to; t++) {
+    const task = changetype<Task>(job.tasks + (<usize>t) * offsetof<Task>());
+    const m = task.m, n = task.n, k = task.k;
+    const ldc = <usize>job.ldc;
+    if (k == 0 || task.bias) fillRows(task.c, ldc, m, n, task.bias);
+    // B stored [k, n] and few rows: packing would cost more than the strided reads of the tile.
+    const straight = job.columns && job.kind == F32_KIND && m <= 2 * MR;
+    for (let i = 0; i < k; i += KC) {
+      const length = min(k - i, KC);
+      let b = task.b + alongK(job, i);
+      if (!straight) {
+        packBlock(b, <usize>job.ldb, job.kind, job.columns, n, length, scratch);
+        b = scratch;
+      }
+      multiplyPacked(
+        task.a + <usize>(i * MR * 4),
+        <usize>(k * MR * 4),
+        m,
+        n,
+        length,
+        b,
+        straight ? NR * 4 : <usize>(length * NR * 4),
+        straight ? <usize>job.ldb : NR * 4,
+        task.c,
+        ldc,
+        i > 0 || task.bias != 0,
+        scratch + TILE_OFFSET,
+      );
+    }
+  }
+}
+
+function fillRows(c: usize, ldc: usize, m: i32, n: i32, bias: usize): void {
+  for (let i = 0; i < m; i++) {
+    if (bias) memory.copy(c, bias, (<usize>n) << 2);
+    else memory.fill(c, 0, (<usize>n) << 2);
+    c += ldc;
+  }
+}
+
+/**
+ * The first half of a SwiGLU expert: `n` hidden units, gate row and up row of each, from packed panels of A. The result silu(gate) * up goes
+ * straight into panels [hidden][6] for the second product; `c` is the address of the task's first unit in its first panel, job.ldc one panel.
+ */
+export function multiplySwiglu(job: Product, from: i32, to: i32, scratch: usize): void {
+  const block = scratch + BLOCK_OFFSET;
+  for (let t = from; t < to; t++) {
+    const task = changetype<Task>(job.tasks + (<usize>t) * offsetof<Task>());
+    const m = task.m, n = task.n, k = task.k;
+    const padded = (n + NR - 1) & -NR;
+    const ld = <usize>(padded * 8);
+    if (k == 0) memory.fill(block, 0, <usize>m * ld);
+    for (let i = 0; i < k; i += KC) {
+      const length = min(k - i, KC);
+      const b = task.b + alongK(job, i);
+      const up = <usize>(length * padded * 4);
+      packBlock(b, <usize>job.ldb, job.kind, 0, n, length, scratch);
+      packBlock(b + <usize>job.half, <usize>job.ldb, job.kind, 0, n, length, scratch + up);
+      const a = task.a + <usize>(i * MR * 4);
+      const panel = <usize>(length * NR * 4);
+      multiplyPacked(
+        a,
+        <usize>(k * MR * 4),
+        m,
+        2 * padded,
+        length,
+        scratch,
+        panel,
+        NR * 4,
+        block,
+        ld,
+        i > 0,
+        scratch + TILE_OFFSET,
+      );
+    }
+    for (let r = 0; r < m; r++) {
+      const gates = block + (<usize>r) * ld;
+      let out = task.c + <usize>(r / MR) * <usize>job.ldc + <usize>((r % MR) * 4);
+      for (let j = 0; j < n; j += 4) {
+        const g = gates + ((<usize>j) << 2);
+        const y = f32x4.mul(silu4(v128.load(g)), v128.load(g + ((<usize>padded) << 2)));
+        store<f32>(out, f32x4.extract_lane(y, 0));
+        if (j + 1 < n) store<f32>(out, f32x4.extract_lane(y, 1), MR * 4);
+        if (j + 2 < n) store<f32>(out, f32x4.extract_lane(y, 2), MR * 8);
+        if (j + 3 < n) store<f32>(out, f32x4.extract_lane(y, 3), MR * 12);
+        out += MR * 16;
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- few rows: dot products
+
+/** Block of k for dots: one row of A reads long stretches of B, several rows want their block in the first cache. */
+const KD_FEW: i32 = 2048;
+const KD: i32 = 512;
+
+/** c0[n] and, with `two`, c1[n] (+)= rows a0, a1 times n rows of B, k long. */
+@inline
+function dotRows<T>(
+  two: bool,
+  a0: usize,
+  a1: usize,
+  b: usize,
+  ldb: usize,
+  n: i32,
+  k: i32,
+  c0: usize,
+  c1: usize,
+  add: bool,
+): void {
+  const whole = (<usize>(k & ~3)) << 2;
+  for (let j = 0; j < n; j += 4) {
+    const count = n - j;
+    const p0 = b;
+    const p1 = count > 1 ? b + ldb : b;
+    const p2 = count > 2 ? b + 2 * ldb : b;
+    const p3 = count > 3 ? b + 3 * ldb : b;
+    let s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
+    let t0 = zero(), t1 = zero(), t2 = zero(), t3 = zero();
+    let i: usize = 0;
+    for (; i < whole; i += 16) {
+      const x = v128.load(a0 + i);
+      const at = isFloat<T>() ? i : i >> 1;
+      const y = two ? v128.load(a1 + i) : x;
+      let w = load4<T>(p0 + at);
+      s0 = madd(x, w, s0);
+      if (two) t0 = madd(y, w, t0);
+      w = load4<T>(p1 + at);
+      s1 = madd(x, w, s1);
+      if (two) t1 = madd(y, w, t1);
+      w = load4<T>(p2 + at);
+      s2 = madd(x, w, s2);
+      if (two) t2 = madd(y, w, t2);
+      w = load4<T>(p3 + at);
+      s3 = madd(x, w, s3);
+      if (two) t3 = madd(y, w, t3);
+    }
+    if (k & 3) {
+      const rest = k & 3;
+      const at = isFloat<T>() ? i : i >> 1;
+      const x = loadTail<f32>(a0 + i, rest);
+      const y = two ? loadTail<f32>(a1 + i, rest) : x;
+      let w = loadTail<T>(p0 + at, rest);
+      s0 = madd(x, w, s0);
+      if (two) t0 = madd(y, w, t0);
+      w = loadTail<T>(p1 + at, rest);
+      s1 = madd(x, w, s1);
+      if (two) t1 = madd(y, w, t1);
+      w = loadTail<T>(p2 + at, rest);
+      s2 = madd(x, w, s2);
+      if (two) t2 = madd(y, w, t2);
+      w = loadTail<T>(p3 + at, rest);
+      s3 = madd(x, w, s3);
+      if (two) t3 = madd(y, w, t3);
+    }
+    finish(c0, sumLanes4(s0, s1, s2, s3), count, add);
+    c0 += 16;
+    if (two) {
+      finish(c1, sumLanes4(t0, t1, t2, t3), count, add);
+      c1 += 16;
+    }
+    b += ldb << 2;
+  }
+}
+
+@inline
+function finish(c: usize, x: v128, count: i32, add: bool): void {
+  if (!add) storeTail(c, x, count);
+  else if (count > 3) v128.store(c, f32x4.add(v128.load(c), x));
+  else storeTail(c, f32x4.add(loadTail<f32>(c, count), x), count);
+}
+
+function dots1<T>(a: usize, b: usize, ldb: usize, n: i32, k: i32, c: usize, add: bool): void {
+  dotRows<T>(false, a, a, b, ldb, n, k, c, c, add);
+}
+function dots2<T>(
+  a0: usize,
+  a1: usize,
+  b: usize,
+  ldb: usize,
+  n: i32,
+  k: i32,
+  c0: usize,
+  c1: usize,
+  add: bool,
+): void {
+  dotRows<T>(true, a0, a1, b, ldb, n, k, c0, c1, add);
+}
+
+@inline
+function rowOf(job: Product, task: Task, i: i32): usize {
+  const lda = <usize>job.lda;
+  return job.gathered ? job.gathered + <usize>load<i32>(task.a + ((<usize>i) << 2)) * lda : task.a + <usize>i * lda;
+}
+
+/** c[m x n] (+)= rows of A times n rows of B. */
+function dotBlock<T>(job: Product, task: Task, b: usize, n: i32, c: usize, ldc: usize, add: bool): void {
+  const m = task.m, k = task.k;
+  const block = m > 2 ? KD : KD_FEW;
+  for (let i = 0; i < k; i += block) {
+    const length = min(k - i, block);
+    const sum = add || i > 0;
+    const at = (<usize>i) << 2;
+    const rows = b + <usize>i * sizeof<T>();
+    // Few rows of B at a time, so that they stay near while all rows of A pass.
+    for (let j = 0; j < n; j += 8) {
+      const p = rows + <usize>j * <usize>job.ldb;
+      const count = min(n - j, 8);
+      let to = c + ((<usize>j) << 2);
+      let r = 0;
+      for (; r + 1 < m; r += 2) {
+        dots2<T>(rowOf(job, task, r) + at, rowOf(job, task, r + 1) + at, p, <usize>job.ldb, count, length, to, to + ldc, sum);
+        to += ldc << 1;
+      }
+      if (r < m) dots1<T>(rowOf(job, task, r) + at, p, <usize>job.ldb, count, length, to, sum);
+    }
+  }
+}
+
+function dotAny(job: Product, task: Task, b: usize, n: i32, c: usize, ldc: usize, bias: usize): void {
+  if (task.k == 0 || bias) fillRows(c, ldc, task.m, n, bias);
+  const add = bias != 0;
+  if (job.kind == BF16_KIND) dotBlock<BF16>(job, task, b, n, c, ldc, add);
+  else if (job.kind == F16_KIND) dotBlock<F16>(job, task, b, n, c, ldc, add);
+  else dotBlock<f32>(job, task, b, n, c, ldc, add);
+}
+
+/** Products of few rows with B stored [n, k]: c = a b (+ bias). */
+export function dots(job: Product, from: i32, to: i32, scratch: usize): void {
+  for (let t = from; t < to; t++) {
+    const task = changetype<Task>(job.tasks + (<usize>t) * offsetof<Task>());
+    dotAny(job, task, task.b, task.n, task.c, <usize>job.ldc, task.bias);
+  }
+}
+
+/** The first half of a SwiGLU expert for few rows: c = silu(gates) * ups, row-major. */
+export function dotsSwiglu(job: Product, from: i32, to: i32, scratch: usize): void {
+  for (let t = from; t < to; t++) {
+    const task = changetype<Task>(job.tasks + (<usize>t) * offsetof<Task>());
+    const n = task.n;
+    const ld = <usize>((n + 3) & ~3) << 2;
+    const ups = scratch + <usize>task.m * ld;
+    dotAny(job, task, task.b, n, scratch, ld, 0);
+    dotAny(job, task, task.b + <usize>job.half, n, ups, ld, 0);
+    for (let r = 0; r < task.m; r++) {
+      const at = <usize>r * ld;
+      const out = task.c + <usize>r * <usize>job.ldc;
+      for (let j = 0; j < n; j += 4) {
+        const x = (<usize>j) << 2;
+        const y = f32x4.mul(silu4(v128.load(scratch + at + x)), v128.load(ups + at + x));
+        storeTail(out + x, y, n - j);
+      }
+    }
+  }
+}
