@@ -14,7 +14,7 @@ export async function install() {
   const command = inPlace ? "install" : "ci";
   console.error(`Installing the dependencies (npm ${command}) ...`);
   const node = process.env.npm_node_execpath ?? process.execPath;
-  const code = await run(node, [npmProgram(), command, "--include=dev"], { quiet: true });
+  const code = await run(node, [npmProgram(), command, "--include=dev", "--loglevel=error"], { quiet: true });
   if (code !== 0) throw new Error(`npm ${command} failed with exit code ${code}; its message is above`);
 }
 

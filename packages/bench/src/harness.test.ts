@@ -2,7 +2,7 @@
 import { engine } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
 import { describe, expect, it } from "vitest";
-import { type Clock, type Contender, contender, measure, relativeError, speedup, summarise } from "./harness.ts";
+import { type Clock, compare, type Contender, contender, measure, relativeError, speedup, summarise } from "./harness.ts";
 
 /** Time passes only when a contender works: `seconds(run)` wall and twice that on the CPU. */
 const machine = () => {
@@ -118,5 +118,63 @@ describe("contender", () => {
     expect(Array.from((await one.output?.()) ?? [])).toEqual([2, 7]);
     await one.dispose?.();
     expect(host.live()).toBe(0);
+  });
+});
+
+describe("compare", () => {
+  const options = { repetitions: 2, minimumSeconds: 0, pauseSeconds: 0 };
+  const candidates = () => {
+    const { clock, worker } = machine();
+    const disposed: string[] = [];
+    const candidate = (name: string, seconds: number, output: number[]) => ({
+      name,
+      open: (): Contender => ({
+        ...worker(name, () => seconds),
+        output: async () => output,
+        dispose: () => void disposed.push(name),
+      }),
+    });
+    return { clock, candidate, disposed };
+  };
+
+  it("gives a speed-up for every pair, and the error against ours", async () => {
+    const { clock, candidate, disposed } = candidates();
+    const ours = [candidate("fast", 1, [1, 2]), candidate("slow", 2, [1, 2])];
+    const { entries, ratios } = await compare(ours, [candidate("peer", 6, [1, 2.001])], { ...options, clock });
+    expect(entries.map(({ name, error }) => [name, error?.toPrecision(3)])).toEqual([
+      ["fast", "0.00"],
+      ["slow", "0.00"],
+      ["peer", "0.000500"],
+    ]);
+    expect(ratios.map(({ ours, peer, speedup }) => [ours, peer, speedup.median])).toEqual([
+      ["fast", "peer", 6],
+      ["slow", "peer", 3],
+    ]);
+    expect(disposed).toEqual(["fast", "slow", "peer"]);
+  });
+
+  it("reports a peer that fails or disagrees and goes on with the rest", async () => {
+    const { clock, candidate, disposed } = candidates();
+    const broken = {
+      name: "broken",
+      open: () => Promise.reject(new Error("no such device\nstack")),
+    };
+    const peers = [broken, candidate("wrong", 1, [1, 3]), candidate("right", 4, [1, 2])];
+    const { entries, ratios } = await compare([candidate("ours", 1, [1, 2])], peers, { ...options, clock });
+    expect(entries.map(({ failed }) => failed)).toEqual([
+      undefined,
+      "no such device",
+      "its result differs, relative error 5.0e-1",
+      undefined,
+    ]);
+    expect(ratios.map(({ peer }) => peer)).toEqual(["right"]);
+    expect(disposed).toEqual(["ours", "wrong", "right"]);
+  });
+
+  it("throws what goes wrong on our side, and still frees", async () => {
+    const { clock, candidate, disposed } = candidates();
+    const ours = [candidate("good", 1, [1]), candidate("bad", 1, [2])];
+    await expect(compare(ours, [], { ...options, clock })).rejects.toThrow("its result differs");
+    expect(disposed).toEqual(["good", "bad"]);
   });
 });

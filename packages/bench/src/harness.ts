@@ -179,3 +179,94 @@ export function contender(name: string, workload: Workload): Contender {
     dispose: () => workload.dispose(),
   };
 }
+
+/** A contender that is not set up yet: setting up may fail, and may take much memory. */
+export interface Candidate {
+  readonly name: string;
+  open(): Contender | Promise<Contender>;
+}
+
+export interface Entry {
+  readonly name: string;
+  readonly timing?: Timing;
+  /** Relative error against the first of ours. */
+  readonly error?: number;
+  /** Why there is no timing. */
+  readonly failed?: string;
+}
+
+export interface Ratio {
+  readonly ours: string;
+  readonly peer: string;
+  /** Above 1 we are faster. */
+  readonly speedup: Summary;
+}
+
+export interface Comparison {
+  readonly entries: readonly Entry[];
+  readonly ratios: readonly Ratio[];
+}
+
+export interface CompareOptions extends MeasureOptions {
+  /** A contender whose result is further off than this is not timed; default 1e-3. */
+  readonly tolerance?: number;
+}
+
+const reason = (error: unknown): string => (error instanceof Error ? error.message : String(error)).split("\n")[0] ?? "";
+
+/**
+ * Sets all candidates up, checks that their results agree with the first of ours, and measures them in turn. A peer that fails or
+ * disagrees is reported in its entry and the rest goes on; an error of ours is thrown.
+ */
+export async function compare(
+  ours: readonly Candidate[],
+  peers: readonly Candidate[],
+  { tolerance = 1e-3, ...options }: CompareOptions = {},
+): Promise<Comparison> {
+  const failures = new Map<string, string>();
+  const errors = new Map<string, number>();
+  const ready: Contender[] = [];
+  let expected: ArrayLike<number> | undefined;
+  try {
+    for (const candidate of [...ours, ...peers]) {
+      try {
+        const one = await candidate.open();
+        ready.push(one);
+        const found = await one.output?.();
+        expected ??= found;
+        if (found === undefined || expected === undefined) continue;
+        const error = relativeError(found, expected);
+        if (!(error <= tolerance)) throw new RangeError(`its result differs, relative error ${error.toExponential(1)}`);
+        errors.set(candidate.name, error);
+      } catch (error) {
+        if (ours.includes(candidate)) throw error;
+        failures.set(candidate.name, reason(error));
+      }
+    }
+    const timings = await measure(
+      ready.filter(({ name }) => !failures.has(name)),
+      options,
+    );
+    const timingOf = (name: string): Timing | undefined => timings.find((timing) => timing.name === name);
+    const entries = [...ours, ...peers].map(({ name }): Entry => {
+      const timing = timingOf(name);
+      const error = errors.get(name);
+      const failed = failures.get(name);
+      return {
+        name,
+        ...(timing && { timing }),
+        ...(error !== undefined && { error }),
+        ...(failed !== undefined && { failed }),
+      };
+    });
+    const ratios = ours.flatMap((own) =>
+      peers.flatMap((peer): Ratio[] => {
+        const [a, b] = [timingOf(own.name), timingOf(peer.name)];
+        return a && b ? [{ ours: own.name, peer: peer.name, speedup: speedup(a, b) }] : [];
+      }),
+    );
+    return { entries, ratios };
+  } finally {
+    for (const one of ready) await one.dispose?.();
+  }
+}

@@ -15,7 +15,8 @@ describe("parseResults", () => {
     const text = JSON.stringify(exampleResults());
     expect(() => parseResults(text.slice(0, 1000), "runs/a/results.json")).toThrow(CheckpointError);
     expect(() => parseResults(text.slice(0, 1000), "runs/a/results.json")).toThrow("runs/a/results.json: not valid JSON");
-    expect(() => parseResults(text.replace('"steps":400', '"steps":-1'))).toThrow(/results\.json: .*steps: .*>=0/);
+    const damaged = text.replace('"expertWidth":128', '"expertWidth":-128');
+    expect(() => parseResults(damaged)).toThrow(/^results\.json: runs\.0\.expertWidth: .*>=0/);
     expect(() => parseResults('{"schema":"other"}')).toThrow(CheckpointError);
   });
 });

@@ -69,10 +69,11 @@ describe("snapshots", () => {
   writeSnapshot(path, snapshot, { seconds: 4.5 });
 
   test("come back exactly", () => {
-    const { snapshot: back, more } = readSnapshot(path);
-    expect(back).toEqual(snapshot);
-    expect(Object.is(back.arrays["params.w"]?.data[1], -0)).toBe(true);
-    expect(more).toEqual({ seconds: 4.5 });
+    const back = readSnapshot(path);
+    expect(back?.snapshot).toEqual(snapshot);
+    expect(Object.is(back?.snapshot.arrays["params.w"]?.data[1], -0)).toBe(true);
+    expect(back?.more).toEqual({ seconds: 4.5 });
+    expect(readSnapshot(join(folder, "none.snapshot"))).toBeUndefined();
   });
 
   test("every kind of damage is noticed", () => {

@@ -123,8 +123,9 @@ export function writeSnapshot(path: string, snapshot: TrainerSnapshot, more: unk
   writeWhole(path, [magic, hash.digest(), ...pieces]);
 }
 
-/** Reads a snapshot back. @throws CheckpointError for a file that is damaged, cut off or something else. */
-export function readSnapshot(path: string): { readonly snapshot: TrainerSnapshot; readonly more: unknown } {
+/** Reads a snapshot back; undefined where there is none. @throws CheckpointError for a file that is damaged or something else. */
+export function readSnapshot(path: string): { readonly snapshot: TrainerSnapshot; readonly more: unknown } | undefined {
+  if (!existsSync(path)) return undefined;
   let file: Buffer;
   try {
     file = readFileSync(path);

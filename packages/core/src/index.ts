@@ -1,6 +1,6 @@
 // The public surface of @switchyard/core.
 export type { Backend, DType, Kernel, Operand, PrimitiveName, Spec, TypedArray } from "./backend.ts";
-export { type Engine, engine } from "./engine.ts";
+export { alias, type Engine, engine } from "./engine.ts";
 export { CheckpointError, MissingPackageError, ShapeError, UnsupportedError } from "./errors.ts";
 export { customGrad, autodiff, grad, lower, straightThrough, valueAndGrad, watch } from "./autodiff.ts";
 export { type Op, run } from "./op.ts";
@@ -30,3 +30,10 @@ export {
   type TrainerOptions,
   trainer,
 } from "./train.ts";
+export type * from "./moe/plan.ts";
+export * from "./moe/capacity.ts";
+export * from "./moe/dispatch.ts";
+export * from "./moe/experts.ts";
+export * from "./moe/layer.ts";
+export * from "./moe/losses.ts";
+export * from "./moe/metrics.ts";

@@ -99,7 +99,7 @@ describe("sgd", () => {
 });
 
 describe("optimisers", () => {
-  it.each([adamw(), sgd()])("$name takes over the storage it is given", async (optimiser) => {
+  it.each([adamw(), sgd()])("$name leaves nothing behind of what it is given", async (optimiser) => {
     const before = root.live();
     await steps(optimiser, true, scales);
     expect(root.live()).toBe(before);

@@ -375,7 +375,7 @@ export function multiply(job: Product, from: i32, to: i32, scratch: usize): void
     const ldc = <usize>job.ldc;
     if (k == 0 || task.bias) fillRows(task.c, ldc, m, n, task.bias);
     // B stored [k, n] and few rows: packing would cost more than the strided reads of the tile.
-    const straight = job.columns && job.kind == F32_KIND && m <= 2 * MR;
+    const straight = job.columns && job.kind == F32_KIND && m <= 4;
     for (let i = 0; i < k; i += KC) {
       const length = min(k - i, KC);
       let b = task.b + alongK(job, i);
@@ -390,8 +390,8 @@ export function multiply(job: Product, from: i32, to: i32, scratch: usize): void
         n,
         length,
         b,
-        straight ? NR * 4 : <usize>(length * NR * 4),
-        straight ? <usize>job.ldb : NR * 4,
+        straight ? <usize>(NR * 4) : <usize>(length * NR * 4),
+        straight ? <usize>job.ldb : <usize>(NR * 4),
         task.c,
         ldc,
         i > 0 || task.bias != 0,

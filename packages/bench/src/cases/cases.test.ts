@@ -123,9 +123,10 @@ describe("training", () => {
     expect(host.live()).toBe(0);
   });
 
-  it("the first step is AdamW's: every weight with a gradient moves by the learning rate", () => {
-    const { params } = languageModelData(one);
+  it("has the model's parameters, and tokens of its vocabulary", () => {
+    const { params, ids, labels } = languageModelData(one);
     expect(Object.keys(params)).toHaveLength(1 + 2 * 9 + 2);
     expect(params["1.gateUp"]?.shape).toEqual([3, 8, 8]);
+    for (const id of [...ids, ...labels]) expect(id >= 0 && id < 11).toBe(true);
   });
 });

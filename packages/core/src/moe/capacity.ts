@@ -6,7 +6,7 @@ import { sum } from "../ops/reduce.ts";
 import { addRows, argsort, takeRows } from "../ops/rows.ts";
 import { concat, hostConstant, reshape, slice, transpose } from "../ops/shape.ts";
 import type { Tensor } from "../tensor.ts";
-import { checkPlan, inside } from "./dispatch.ts";
+import { checkPlan, inside } from "./parts.ts";
 import type { ExpertChoicePlan, SparsePlan } from "./plan.ts";
 
 /**

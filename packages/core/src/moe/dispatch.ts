@@ -6,6 +6,7 @@ import { matmul } from "../ops/matmul.ts";
 import { addRows, takeRows } from "../ops/rows.ts";
 import { hostConstant, reshape, slice } from "../ops/shape.ts";
 import { show, type Tensor } from "../tensor.ts";
+import { checkPlan, everyId, inside } from "./parts.ts";
 import type { DensePlan, Dispatch, ExpertChoicePlan, Layout, Plan, SparsePlan } from "./plan.ts";
 
 /** The plans that send single tokens to single experts. */
@@ -89,7 +90,7 @@ export function dispatchPlan(plan: TokenPlan, count: number, mask?: Tensor): Dis
 }
 
 /** What the experts see: `hidden [tokens, width]` -> `[bound, width]`, zeros beyond the last filled row. */
-export function gather(hidden: Tensor, dispatched: Dispatch): Tensor {
+export function gatherRows(hidden: Tensor, dispatched: Dispatch): Tensor {
   return takeRows(hidden, dispatched.rows);
 }
 
@@ -101,14 +102,14 @@ export function combine(plan: TokenPlan, dispatched: Dispatch, output: Tensor, t
 }
 
 /** The experts' rows in the order of the plan's slots, unweighted: `output [bound, width]` -> `[tokens, k, width]`. */
-export function perSlot(plan: SparsePlan | DensePlan, dispatched: Dispatch, output: Tensor): Tensor {
+export function outputsPerSlot(plan: SparsePlan | DensePlan, dispatched: Dispatch, output: Tensor): Tensor {
   const [tokens = 0, k = 0] = plan.weights.shape;
   const width = output.shape[1] ?? 0;
   return reshape(addRows(output, dispatched.slots, tokens * k), [tokens, k, width]);
 }
 
 /** Like `combine`, for outputs that every expert computed for every token: `outputs [tokens, experts, width]` -> `[tokens, width]`. */
-export function combineEvery(plan: TokenPlan, outputs: Tensor): Tensor {
+export function combineOutputs(plan: TokenPlan, outputs: Tensor): Tensor {
   checkPlan(plan);
   const [tokens = 0, count = 0, width = 0] = outputs.shape;
   const flat = reshape(outputs, [tokens * count, width]);
@@ -146,37 +147,8 @@ export function combineEvery(plan: TokenPlan, outputs: Tensor): Tensor {
   }
 }
 
-/** i32 ids 0..experts-1 for every token, `[tokens, experts]`. */
-export function everyId(like: Tensor, tokens: number, experts: number): Tensor {
-  return hostConstant(
-    like,
-    Int32Array.from({ length: tokens * experts }, (_, i) => i % experts),
-    [tokens, experts],
-  );
-}
-
-/** 1 where 0 <= id < count, else 0. */
-export function inside(ids: Tensor, count: number): Tensor {
-  return mul(less(-1, ids), less(ids, count));
-}
-
 // weights [tokens, k], rows [tokens, k, width] -> [tokens, width]
 function weighted(weights: Tensor, rows: Tensor): Tensor {
   const [tokens = 0, k = 0, width = 0] = rows.shape;
   return reshape(matmul(reshape(weights, [tokens, 1, k]), rows), [tokens, width]);
-}
-
-/** Throws ShapeError where ids and weights of a plan do not belong together. */
-export function checkPlan(plan: TokenPlan): void {
-  const ids = plan.kind === "sparse" ? plan.experts : plan.kind === "expert-choice" ? plan.tokens : undefined;
-  const { weights } = plan;
-  if (weights.shape.length !== 2) {
-    throw new ShapeError(`${plan.kind} plan: weights are ${show(weights)}, expected two dimensions`);
-  }
-  if (ids === undefined) return;
-  if (ids.dtype !== "i32" || ids.shape.join() !== weights.shape.join()) {
-    throw new ShapeError(
-      `${plan.kind} plan: ids are ${show(ids)}, weights ${show(weights)}; expected i32 ids of the weights' shape`,
-    );
-  }
 }

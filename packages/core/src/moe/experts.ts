@@ -8,6 +8,7 @@ import { addRows, takeRows } from "../ops/rows.ts";
 import { full, reshape, slice } from "../ops/shape.ts";
 import type { Random } from "../random.ts";
 import { isTensor, leaves, mapTree, show, type Tensor, type Tree } from "../tensor.ts";
+import { child } from "./parts.ts";
 import type { Experts, MergePlan, Observe } from "./plan.ts";
 
 export type Activation = "silu" | "gelu" | "gelu-tanh" | "relu";
@@ -64,7 +65,8 @@ export function glu(options: GluOptions): Experts {
     ...experts,
     fused(params, tokens, { experts: ids, weights, bound }) {
       const matrices = { gateUp: leaf(params, "gateUp"), down: leaf(params, "down") };
-      return moeExperts(tokens, matrices, { ids, weights }, bound === undefined ? {} : { bound });
+      const limit = bound === undefined ? {} : { bound: Math.min(bound, ids.size) };
+      return moeExperts(tokens, matrices, { ids, weights }, limit);
     },
   };
 }
@@ -130,7 +132,7 @@ function makeExperts(
 
 /**
  * The `mixed` of experts whose leaves are all `[experts, ...]`: each group's parameters are the sum of the experts' weighted by
- * `coefficients [groups, experts]` (SMEAR 2306.03745, eq. 2); then `run` treats the groups as the experts. Gives [tokens, width].
+ * `coefficients [groups, experts]` (SMEAR 2306.03745); then `run` treats the groups as the experts. Gives [tokens, width].
  */
 export function mixParameters(
   params: Tree,
@@ -147,11 +149,19 @@ export function mixParameters(
   const [groups = 0, experts = 0] = coefficients.shape;
   const mixture = mapTree(params, (x) => {
     const [count = 0, ...rest] = x.shape;
-    if (count !== experts)
-      throw new ShapeError(`merge plan: coefficients ${show(coefficients)} for a parameter ${show(x)}`);
+    if (count !== experts) {
+      throw new ShapeError(
+        `merge plan: coefficients are ${show(coefficients)}, a parameter is ${show(x)}; expected as many experts`,
+      );
+    }
     return reshape(matmul(coefficients, reshape(x, [count, x.size / Math.max(count, 1)])), [groups, ...rest]);
   });
   const tokens = plan.groups.size;
+  if (hidden.shape[0] !== tokens) {
+    throw new ShapeError(
+      `merge plan: groups are ${show(plan.groups)} for hidden ${show(hidden)}; expected one per token`,
+    );
+  }
   const { rows, ends } = dispatch(reshape(plan.groups, [tokens, 1]), { count: groups, bound: tokens });
   return addRows(run(mixture, takeRows(hidden, rows), ends), rows, tokens);
 }
@@ -189,7 +199,7 @@ function checked(kind: string, shapes: Readonly<Record<string, readonly number[]
 }
 
 function leaf(params: Tree, name: string): Tensor {
-  const x = isTensor(params) || !(name in params) ? undefined : (params as { readonly [name: string]: Tree })[name];
+  const x = child(params, name);
   if (x === undefined || !isTensor(x)) throw new ShapeError(`experts: the parameters lack a tensor "${name}"`);
   return x;
 }

@@ -48,7 +48,7 @@ function run(
   return moe(layer, layerParams(layer), routerInput(x.tokens, rest.layout), rest.options);
 }
 
-const unfused: MoEOptions = { observe: () => {} };
+const unfused: MoEOptions = { observe: () => undefined };
 
 describe("sparse plans", () => {
   const cases: { name: string; tokens: number; experts: number; k: number; chosen: number[]; bound?: number }[] = [
@@ -58,15 +58,34 @@ describe("sparse plans", () => {
     { name: "an expert without tokens", tokens: 3, experts: 3, k: 1, chosen: [2, 0, 2] },
     { name: "all tokens to one expert", tokens: 7, experts: 5, k: 1, chosen: [3, 3, 3, 3, 3, 3, 3] },
     { name: "k = all", tokens: 2, experts: 3, k: 3, chosen: [0, 1, 2, 2, 0, 1] },
-    { name: "variable k, a token without experts", tokens: 4, experts: 3, k: 3, chosen: [1, -1, 2, -1, -1, -1, 0, 1, 2, -1, 2, -1] },
+    {
+      name: "variable k, a token without experts",
+      tokens: 4,
+      experts: 3,
+      k: 3,
+      chosen: [1, -1, 2, -1, -1, -1, 0, 1, 2, -1, 2, -1],
+    },
     { name: "null experts", tokens: 3, experts: 2, k: 2, chosen: [0, 2, 3, 1, 2, 3] },
     { name: "nothing but null experts", tokens: 2, experts: 2, k: 1, chosen: [2, 5] },
-    { name: "a static bound", tokens: 4, experts: 3, k: 3, chosen: [1, -1, 2, -1, -1, -1, 0, 1, 2, -1, 2, -1], bound: 7 },
+    {
+      name: "a static bound",
+      tokens: 4,
+      experts: 3,
+      k: 3,
+      chosen: [1, -1, 2, -1, -1, -1, 0, 1, 2, -1, 2, -1],
+      bound: 7,
+    },
     { name: "a bound with room to spare", tokens: 3, experts: 2, k: 2, chosen: [0, -1, -1, -1, 1, -1], bound: 5 },
     { name: "one expert twice", tokens: 2, experts: 2, k: 2, chosen: [1, 1, 0, 1] },
   ];
-  const oracle = (tokens: number, experts: number, k: number, chosen: readonly number[]) =>
-    (x: { tokens: readonly number[]; weights: readonly number[]; gateUp: readonly number[]; down: readonly number[] }) => {
+  const oracle =
+    (tokens: number, experts: number, k: number, chosen: readonly number[]) =>
+    (x: {
+      tokens: readonly number[];
+      weights: readonly number[];
+      gateUp: readonly number[];
+      down: readonly number[];
+    }) => {
       const y = new Array<number>(tokens * width).fill(0);
       chosen.forEach((e, slot) => {
         if (e < 0 || e >= experts) return;
@@ -76,7 +95,10 @@ describe("sparse plans", () => {
       return y;
     };
 
-  for (const [way, options] of [["fused", {}], ["stage by stage", unfused]] as const) {
+  for (const [way, options] of [
+    ["fused", {}],
+    ["stage by stage", unfused],
+  ] as const) {
     test.each(cases)(`${way}: $name`, async ({ tokens, experts, k, chosen, bound }) => {
       await compare({
         shapes: { tokens: [tokens, width], weights: [tokens, k], ...expertShapes(experts) },
@@ -136,7 +158,11 @@ describe("sparse plans", () => {
     const order = [2, 0, 1];
     const permuted = (flat: number[]) => order.flatMap((o) => row(flat, o, flat.length / experts));
     const all = { tokens: x, gateUp: floats(e, gateUp, [3, 4, 3]), down: floats(e, down, [3, 3, 2]) };
-    const moved = { tokens: x, gateUp: floats(e, permuted(gateUp), [3, 4, 3]), down: floats(e, permuted(down), [3, 3, 2]) };
+    const moved = {
+      tokens: x,
+      gateUp: floats(e, permuted(gateUp), [3, 4, 3]),
+      down: floats(e, permuted(down), [3, 3, 2]),
+    };
     const dense = run(all, 3, () => ({ plan: { kind: "dense", weights: floats(e, weights, [4, 3]) } })).output;
     const sparse = (used: typeof all, chosen: number[]) =>
       run(used, 3, () => ({
@@ -183,7 +209,14 @@ describe("dense plans", () => {
 describe("expert-choice plans", () => {
   test.each([
     { name: "plain", tokens: 5, experts: 3, capacity: 2, chosen: [0, 4, 1, 4, 4, 2], mask: undefined },
-    { name: "empty places and an empty expert", tokens: 4, experts: 3, capacity: 2, chosen: [3, -1, -1, -1, -1, 0], mask: undefined },
+    {
+      name: "empty places and an empty expert",
+      tokens: 4,
+      experts: 3,
+      capacity: 2,
+      chosen: [3, -1, -1, -1, -1, 0],
+      mask: undefined,
+    },
     { name: "no tokens", tokens: 0, experts: 2, capacity: 0, chosen: [], mask: undefined },
     { name: "no capacity", tokens: 2, experts: 2, capacity: 0, chosen: [], mask: undefined },
     { name: "padding", tokens: 3, experts: 2, capacity: 3, chosen: [0, 1, 2, 2, 0, 1], mask: [1, 0, 1] },
@@ -226,8 +259,9 @@ describe("slots plans", () => {
       },
       forward: (x, e) => {
         const layout = { batch, sequence, ...(mask ? { mask: floats(e, mask, [batch, sequence]) } : {}) };
-        return run(x, experts, () => ({ plan: { kind: "slots", dispatch: x.dispatch, combine: x.combine } }), { layout })
-          .output;
+        return run(x, experts, () => ({ plan: { kind: "slots", dispatch: x.dispatch, combine: x.combine } }), {
+          layout,
+        }).output;
       },
       oracle: (x) => {
         const y = new Array<number>(batch * sequence * width).fill(0);
@@ -254,7 +288,9 @@ describe("slots plans", () => {
     const e = float64();
     const x = weightsOn(e, 2);
     const odd = floats(e, noise(9), [1, 3, 3]);
-    expect(() => run(x, 2, () => ({ plan: { kind: "slots", dispatch: odd, combine: odd } }))).toThrow(/3 tokens and 2 experts/);
+    expect(() => run(x, 2, () => ({ plan: { kind: "slots", dispatch: odd, combine: odd } }))).toThrow(
+      /3 tokens and 2 experts/,
+    );
   });
 });
 
@@ -279,10 +315,16 @@ describe("merge plans", () => {
           const mix = (flat: readonly number[]) => {
             const size = flat.length / experts;
             const mixed = new Array<number>(size).fill(0);
-            for (let e = 0; e < experts; e++) addTo(mixed, 0, row(flat, e, size), x.coefficients[group * experts + e] ?? 0);
+            for (let e = 0; e < experts; e++)
+              addTo(mixed, 0, row(flat, e, size), x.coefficients[group * experts + e] ?? 0);
             return mixed;
           };
-          addTo(y, t * width, gluRow({ gateUp: mix(x.gateUp), down: mix(x.down) }, 0, row(x.tokens, t, width), hidden), 1);
+          addTo(
+            y,
+            t * width,
+            gluRow({ gateUp: mix(x.gateUp), down: mix(x.down) }, 0, row(x.tokens, t, width), hidden),
+            1,
+          );
         });
         return y;
       },
@@ -328,12 +370,20 @@ describe("shared experts", () => {
     { shared: 1, gated: true, mask: [0, 1, 1] },
   ])("$shared of them, gated $gated, mask $mask", async ({ shared, gated, mask }) => {
     const chosen = [1, 0, 1];
-    const sharedShapes = { sharedGateUp: [shared, 2 * hidden, width], sharedDown: [shared, width, hidden], gate: [1, width] };
+    const sharedShapes = {
+      sharedGateUp: [shared, 2 * hidden, width],
+      sharedDown: [shared, width, hidden],
+      gate: [1, width],
+    };
     await compare({
       shapes: { tokens: [3, width], ...expertShapes(2), ...sharedShapes },
       forward: (x, e) => {
         const params = { gateUp: x.sharedGateUp, down: x.sharedDown };
-        const plan: Plan = { kind: "sparse", experts: ids(e, chosen, [3, 1]), weights: floats(e, [1, -2, 0.5], [3, 1]) };
+        const plan: Plan = {
+          kind: "sparse",
+          experts: ids(e, chosen, [3, 1]),
+          weights: floats(e, [1, -2, 0.5], [3, 1]),
+        };
         return run(x, 2, () => ({ plan }), {
           layout: mask ? { mask: floats(e, mask, [1, 3]) } : {},
           shared: [{ experts: glu({ count: shared, width, hidden, params }), ...(gated ? { gate: x.gate } : {}) }],
@@ -361,7 +411,14 @@ describe("what routers may hand over", () => {
 
   test("rows and further paths", async () => {
     await compare({
-      shapes: { tokens: [3, width], rows: [3, width], other: [3, width], weights: [3, 2], gates: [3, 2], ...expertShapes(2) },
+      shapes: {
+        tokens: [3, width],
+        rows: [3, width],
+        other: [3, width],
+        weights: [3, 2],
+        gates: [3, 2],
+        ...expertShapes(2),
+      },
       forward: (x, e) => {
         const plan: Plan = { kind: "sparse", experts: ids(e, chosen, [3, 2]), weights: x.weights };
         const dense: Plan = { kind: "dense", weights: x.gates };
@@ -379,7 +436,11 @@ describe("what routers may hand over", () => {
     });
   });
 
-  const lookups: { name: string; plan: (e: Engine, weights: Tensor) => Plan; uses: (place: number) => [t: number, e: number] }[] = [
+  const lookups: {
+    name: string;
+    plan: (e: Engine, weights: Tensor) => Plan;
+    uses: (place: number) => [t: number, e: number];
+  }[] = [
     {
       name: "sparse",
       plan: (e, weights) => ({ kind: "sparse", experts: ids(e, chosen, [3, 2]), weights }),
@@ -388,7 +449,11 @@ describe("what routers may hand over", () => {
     { name: "dense", plan: (_, weights) => ({ kind: "dense", weights }), uses: (i) => [Math.floor(i / 2), i % 2] },
     {
       name: "expert-choice",
-      plan: (e, weights) => ({ kind: "expert-choice", tokens: ids(e, [2, -1, 0, 1, 0, 2], [2, 3]), weights: reshape(weights, [2, 3]) }),
+      plan: (e, weights) => ({
+        kind: "expert-choice",
+        tokens: ids(e, [2, -1, 0, 1, 0, 2], [2, 3]),
+        weights: reshape(weights, [2, 3]),
+      }),
       uses: (place) => [[2, -1, 0, 1, 0, 2][place] ?? -1, Math.floor(place / 3)],
     },
   ];
@@ -467,7 +532,11 @@ describe("what routers may hand over", () => {
   test("observe sees the inputs of every matrix of the routed experts, without empty rows counted", async () => {
     const e = float64();
     const x = weightsOn(e, 2);
-    const plan: Plan = { kind: "expert-choice", tokens: ids(e, [2, -1, 0, 1], [2, 2]), weights: floats(e, noise(4), [2, 2]) };
+    const plan: Plan = {
+      kind: "expert-choice",
+      tokens: ids(e, [2, -1, 0, 1], [2, 2]),
+      weights: floats(e, noise(4), [2, 2]),
+    };
     const seen: Record<string, Promise<number[]>[]> = {};
     run(x, 2, () => ({ plan }), {
       options: {
@@ -509,6 +578,12 @@ describe("refusals", () => {
     expect(() => run(x, 2, () => ({ plan: wrong }), { options: unfused })).toThrow(ShapeError);
     expect(() => run(x, 2, () => ({ plan: { ...plan, experts: plan.weights } }), { options: unfused })).toThrow(/i32/);
   });
+  test("plans for another number of tokens", () => {
+    const dense: Plan = { kind: "dense", weights: floats(e, noise(4), [2, 2]) };
+    expect(() => run(x, 2, () => ({ plan: dense }))).toThrow(/f32 \[2, 2\] for tokens f32 \[3, 3\]/);
+    const merge: Plan = { kind: "merge", groups: ids(e, [0, 0], [2]), coefficients: [floats(e, [1, 0], [1, 2])] };
+    expect(() => run(x, 2, () => ({ plan: merge }))).toThrow(/expected one per token/);
+  });
   test("combine: false with a plan that has no slots per token, or with shared experts", () => {
     const choice: Plan = { kind: "expert-choice", tokens: ids(e, [0, 1], [2, 1]), weights: floats(e, [1, 1], [2, 1]) };
     expect(() => run(x, 2, () => ({ plan: choice }), { options: { combine: false } })).toThrow(/expert-choice/);
@@ -543,9 +618,13 @@ describe("refusals", () => {
   test("moeLayer: sizes, host routers on devices that cannot block, mixing without mixed()", () => {
     const { mixed: _, ...unmixable } = experts;
     expect(moeLayer(plugin({}), context(), { experts }).experts).toBe(experts);
-    expect(() => moeLayer(plugin({}), context({ experts: 3 }), { experts })).toThrow(/made for 3 experts, the layer has 2/);
+    expect(() => moeLayer(plugin({}), context({ experts: 3 }), { experts })).toThrow(
+      /made for 3 experts, the layer has 2/,
+    );
     const device: Engine = { ...e, name: "device", canBlock: false };
-    expect(() => moeLayer(plugin({ needs: ["host"] }), context({ engine: device }), { experts })).toThrow(/device cannot block/);
+    expect(() => moeLayer(plugin({ needs: ["host"] }), context({ engine: device }), { experts })).toThrow(
+      /device cannot block/,
+    );
     expect(moeLayer(plugin({ needs: ["host"] }), context(), { experts }).experts).toBe(experts);
     expect(() => moeLayer(plugin({ plans: ["merge"] }), context(), { experts: unmixable })).toThrow(UnsupportedError);
   });

@@ -9,16 +9,16 @@ import { hostConstant, reshape, transpose } from "../ops/shape.ts";
 import { isTensor, show, type Tensor, type Tree } from "../tensor.ts";
 import {
   combine,
-  combineEvery,
+  combineOutputs,
   dispatchPlan,
-  everyId,
-  gather,
+  gatherRows,
   maskPlan,
-  perSlot,
+  outputsPerSlot,
   type TokenPlan,
   tokenMask,
 } from "./dispatch.ts";
 import { routingMetrics } from "./metrics.ts";
+import { checkPlan, child, everyId } from "./parts.ts";
 import type {
   Dispatch,
   Experts,
@@ -158,7 +158,7 @@ export function runExperts(
     options.combine === false
       ? slotsOfPath(path, routed.plan, routed.rows ?? hidden)
       : routed.expertOutputs
-        ? combineEvery(tokenPlan(routed.plan), routed.expertOutputs)
+        ? combineOutputs(tokenPlan(routed.plan), routed.expertOutputs)
         : runPath(path, routed.plan, routed.rows ?? hidden);
   for (const { plan, rows = hidden } of routed.more ?? []) output = add(output, runPath(path, plan, rows));
   shared.forEach((one, i) => {
@@ -197,12 +197,13 @@ function runPath(path: Path, plan: Plan, rows: Tensor): Tensor {
       if (experts.mixed === undefined) throw new UnsupportedError(`moe: ${unmixable}`);
       return experts.mixed(params, rows, plan, layout);
   }
+  checkPlan(plan, rows);
   const dispatched = dispatchPlan(plan, experts.count, mask);
   return combine(plan, dispatched, applyTo(path, dispatched, rows), rows.shape[0] ?? 0);
 }
 
 function applyTo({ experts, params, layout, observe, note }: Path, dispatched: Dispatch, rows: Tensor): Tensor {
-  const { output, losses } = experts.apply(params, gather(rows, dispatched), dispatched.ends, layout, observe);
+  const { output, losses } = experts.apply(params, gatherRows(rows, dispatched), dispatched.ends, layout, observe);
   note(losses);
   return output;
 }
@@ -211,11 +212,12 @@ function slotsOfPath(path: Path, plan: Plan, rows: Tensor): Tensor {
   if (plan.kind !== "sparse" && plan.kind !== "dense") {
     throw new UnsupportedError(`moe: combine: false needs a sparse or dense plan, the router gave "${plan.kind}"`);
   }
+  checkPlan(plan, rows);
   const dispatched = dispatchPlan(plan, path.experts.count, path.mask);
-  return perSlot(plan, dispatched, applyTo(path, dispatched, rows));
+  return outputsPerSlot(plan, dispatched, applyTo(path, dispatched, rows));
 }
 
-/** Soft MoE (2308.00951, eqs. 1-3): every slot is a mixture of its sample's tokens, every token a mixture of the slots' outputs. */
+/** Soft MoE (2308.00951, section 2): every slot is a mixture of its sample's tokens, every token a mixture of the slots' outputs. */
 function runSlots({ experts, params, layout, observe, note }: Path, plan: SlotsPlan, rows: Tensor): Tensor {
   const [batch = 0, sequence = 0, total = 0] = plan.dispatch.shape;
   const { count } = experts;
@@ -273,7 +275,7 @@ function runShared({ experts }: SharedExperts, params: Tree, { hidden, layout }:
   const tokens = hidden.shape[0] ?? 0;
   const mask = tokenMask(layout);
   const own = branch(params, "experts");
-  const gate = find(params, "gate");
+  const gate = child(params, "gate");
   let applied: Outputs;
   if (experts.count === 1 && mask === undefined) {
     applied = experts.apply(own, hidden, hostConstant(hidden, Int32Array.of(tokens), [1]), layout);
@@ -299,12 +301,8 @@ function tokenPlan(plan: Plan): TokenPlan {
   return plan;
 }
 
-function find(params: Tree, name: string): Tree | undefined {
-  return isTensor(params) ? undefined : Object.entries(params).find(([key]) => key === name)?.[1];
-}
-
 function branch(params: Tree, name: string): Tree {
-  const found = find(params, name);
+  const found = child(params, name);
   if (found === undefined) {
     throw new ShapeError(
       `moe: the parameters lack "${name}"; expected { router, experts, shared? }, as layerParams(layer) gives them`,

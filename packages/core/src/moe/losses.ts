@@ -7,8 +7,8 @@ import { entropyLast, logSumExp, softmax } from "../ops/normalise.ts";
 import { mean, sum, sumLast } from "../ops/reduce.ts";
 import { blockEnds, topkIndices } from "../ops/rows.ts";
 import { concat, constant, hostConstant, reshape, slice } from "../ops/shape.ts";
-import { show, sizeOf, type Tensor } from "../tensor.ts";
-import { inside } from "./dispatch.ts";
+import { show, type Tensor } from "../tensor.ts";
+import { filled, inside } from "./parts.ts";
 
 export interface Balance {
   /** `[tokens, experts (+ nulls)]`. */
@@ -141,11 +141,6 @@ export function entropyOfMean(probabilities: Tensor, mask?: Tensor): Tensor {
 export function idCounts(ids: Tensor, count: number, mask?: Tensor): Tensor {
   const kept = mask ? where(reshape(mask, [mask.size, 1]), ids, -1) : ids;
   return blockSizes(blockEnds(reshape(kept, [ids.size]), count));
-}
-
-/** An f32 constant on the engine of `like`, whatever the dtype of that. */
-export function filled(like: Tensor, shape: readonly number[], value: number): Tensor {
-  return hostConstant(like, new Float32Array(sizeOf(shape)).fill(value), shape);
 }
 
 /** Mean over the real tokens of `x [tokens, n]`: `[n]`; 0 when there is none. */

@@ -4,8 +4,8 @@ import { maxLast, sum } from "../ops/reduce.ts";
 import { addRows, takeRows } from "../ops/rows.ts";
 import { constant, pad, reshape, slice } from "../ops/shape.ts";
 import type { Tensor } from "../tensor.ts";
-import { inside } from "./dispatch.ts";
-import { entropyOfMean, filled, idCounts, tokenEntropy } from "./losses.ts";
+import { entropyOfMean, idCounts, tokenEntropy } from "./losses.ts";
+import { filled, inside } from "./parts.ts";
 import type { Plan, Routed } from "./plan.ts";
 
 interface Sizes {

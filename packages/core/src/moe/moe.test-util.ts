@@ -28,7 +28,11 @@ export const ids = (e: Engine, data: readonly number[], shape: readonly number[]
 export const numbers = async (x: Tensor): Promise<number[]> => Array.from(await x.data());
 
 /** Compares with |difference| <= absolute + relative * |expected|. */
-export function close(found: readonly number[], expected: readonly number[], tolerance = { absolute: 1e-9, relative: 1e-7 }): void {
+export function close(
+  found: readonly number[],
+  expected: readonly number[],
+  tolerance = { absolute: 1e-9, relative: 1e-7 },
+): void {
   expect(found.length).toBe(expected.length);
   found.forEach((x, i) => {
     const wanted = expected[i] ?? Number.NaN;
@@ -48,13 +52,21 @@ export interface Comparison<N extends string> {
 }
 
 /** Values of `forward` against the oracle, its gradients against central differences of the oracle, and no handle left alive. */
-export async function compare<N extends string>({ shapes, forward, oracle, values = {} }: Comparison<N>): Promise<void> {
+export async function compare<N extends string>({
+  shapes,
+  forward,
+  oracle,
+  values = {},
+}: Comparison<N>): Promise<void> {
   const e = float64();
   const names = Object.keys(shapes) as N[];
   const start = Object.fromEntries(
     names.map((name, i) => [name, values[name] ?? noise(sizeOf(shapes[name]), i + 1)]),
   ) as Record<N, readonly number[]>;
-  const params = Object.fromEntries(names.map((name) => [name, floats(e, start[name], shapes[name])])) as Record<N, Tensor>;
+  const params = Object.fromEntries(names.map((name) => [name, floats(e, start[name], shapes[name])])) as Record<
+    N,
+    Tensor
+  >;
   const before = e.live();
   const expected = oracle(start);
   const probe = noise(expected.length, 99);
@@ -89,7 +101,12 @@ const dot = (w: readonly number[], offset: number, x: readonly number[]): number
 export const sigmoid = (x: number): number => 1 / (1 + Math.exp(-x));
 
 /** SwiGLU expert e on one row; weights as flat lists [experts, 2 hidden, width] and [experts, width, hidden]. */
-export function gluRow(w: { gateUp: readonly number[]; down: readonly number[] }, e: number, x: readonly number[], hidden: number): number[] {
+export function gluRow(
+  w: { gateUp: readonly number[]; down: readonly number[] },
+  e: number,
+  x: readonly number[],
+  hidden: number,
+): number[] {
   const width = x.length;
   const inner = Array.from({ length: hidden }, (_, h) => {
     const gate = dot(w.gateUp, (e * 2 * hidden + h) * width, x);
@@ -99,7 +116,8 @@ export function gluRow(w: { gateUp: readonly number[]; down: readonly number[] }
 }
 
 /** One row of a flat matrix. */
-export const row = (flat: readonly number[], i: number, width: number): number[] => flat.slice(i * width, (i + 1) * width);
+export const row = (flat: readonly number[], i: number, width: number): number[] =>
+  flat.slice(i * width, (i + 1) * width);
 
 /** y += weight * x. */
 export function addTo(y: number[], offset: number, x: readonly number[], weight: number): void {

@@ -2,6 +2,7 @@
 // Plain data and interfaces only; the functions over them are dispatch.ts, layer.ts, capacity.ts, losses.ts and metrics.ts.
 import type { Engine } from "../engine.ts";
 import type { Random } from "../random.ts";
+import type { Json } from "../snapshot.ts";
 import type { Tensor, Tree } from "../tensor.ts";
 
 /**
@@ -189,6 +190,10 @@ export interface RouterPlugin {
   readonly causal: { readonly training: boolean; readonly evaluation: boolean };
   readonly needs: readonly Need[];
   readonly plans: readonly Plan["kind"][];
+  /** What the plugin was made with, every default filled in: saved with a checkpoint and compared when one is loaded. */
+  readonly options?: { readonly [name: string]: Json };
+  /** Experts that a token uses on average (k, or ReMoE's target): for counting active parameters. */
+  readonly expertsPerToken?: number;
   init(context: RouterContext): Router;
 }
 

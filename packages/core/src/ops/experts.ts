@@ -182,7 +182,8 @@ export const groupedMatmulOp: Op<GroupedMatmul> = {
     let y: Tensor | undefined;
     for (let e = 0; e < experts; e++) {
       const expert = reshape(slice(w, [e, 0, 0], [1, out, inner]), [out, inner]);
-      const part = matmul(mul(rows, expertMask(ends, n, ends, e)), expert, { transposeB: !transposed });
+      // where, not mul: rows of other blocks, and behind the last, may hold NaN.
+      const part = matmul(where(expertMask(ends, n, ends, e), rows, 0), expert, { transposeB: !transposed });
       y = y ? add(y, part) : part;
     }
     return y ? [y] : [];
@@ -215,9 +216,10 @@ export const groupedOuterOp: Op = {
   fallback([a, b, ends]) {
     if (!a || !b || !ends) return [];
     const n = at(a.shape, 0);
-    const blocks = Array.from({ length: at(ends.shape, 0) }, (_, e) =>
-      reshape(matmul(mul(a, expertMask(ends, n, ends, e)), b, { transposeA: true }), [1, last(a), last(b)]),
-    );
+    const blocks = Array.from({ length: at(ends.shape, 0) }, (_, e) => {
+      const own = expertMask(ends, n, ends, e);
+      return reshape(matmul(where(own, a, 0), where(own, b, 0), { transposeA: true }), [1, last(a), last(b)]);
+    });
     return [concat(blocks, 0)];
   },
   vjp: ([dy], [a, b, ends]) =>

@@ -1,6 +1,5 @@
 // One optimiser step on one parameter. The results take over the storage of the inputs that were given away.
-import { at, type Op, run } from "../op.ts";
-import type { Tensor } from "../tensor.ts";
+import { at, type Op } from "../op.ts";
 import { add, div, mul, sqrt, sub } from "./elementwise.ts";
 import { fail, same, spec } from "./infer.ts";
 
@@ -23,6 +22,7 @@ export interface AdamwAttrs {
   readonly correction1: number;
   readonly correction2: number;
 }
+/** AdamW (1711.05101) of param, grad, m, v, scale []: decay is not part of the gradient; `scale` multiplies the gradient first (clipping). */
 export const adamwOp: Op<AdamwAttrs> = {
   name: "adamw",
   shapes: (inputs, _) => alike("adamw", 3)(inputs, {}),
@@ -37,21 +37,13 @@ export const adamwOp: Op<AdamwAttrs> = {
   },
   reuses: [0, 2, 3],
 };
-/** AdamW (1711.05101): decay is not part of the gradient. `scale` [] multiplies the gradient first (clipping). */
-export const adamw = (
-  inputs: { param: Tensor; grad: Tensor; m: Tensor; v: Tensor; scale: Tensor },
-  attrs: AdamwAttrs,
-): { readonly param: Tensor; readonly m: Tensor; readonly v: Tensor } => {
-  const ys = run(adamwOp, [inputs.param, inputs.grad, inputs.m, inputs.v, inputs.scale], attrs);
-  return { param: at(ys, 0), m: at(ys, 1), v: at(ys, 2) };
-};
-
 export interface SgdAttrs {
   readonly lr: number;
   readonly momentum: number;
   readonly weightDecay: number;
   readonly nesterov: boolean;
 }
+/** SGD with momentum of param, grad, velocity, scale [], L2 decay in the gradient: v = momentum v + g, p = p - lr v. */
 export const sgdOp: Op<SgdAttrs> = {
   name: "sgd",
   shapes: (inputs, _) => alike("sgd", 2)(inputs, {}),
@@ -62,12 +54,4 @@ export const sgdOp: Op<SgdAttrs> = {
     return [sub(param, mul(nesterov ? add(g, mul(v2, momentum)) : v2, lr)), v2];
   },
   reuses: [0, 2],
-};
-/** SGD with momentum (and L2 decay in the gradient): v = momentum v + g, p = p - lr v. */
-export const sgd = (
-  inputs: { param: Tensor; grad: Tensor; velocity: Tensor; scale: Tensor },
-  attrs: SgdAttrs,
-): { readonly param: Tensor; readonly velocity: Tensor } => {
-  const ys = run(sgdOp, [inputs.param, inputs.grad, inputs.velocity, inputs.scale], attrs);
-  return { param: at(ys, 0), velocity: at(ys, 1) };
 };

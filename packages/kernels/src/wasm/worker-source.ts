@@ -37,7 +37,8 @@ const work = ({ module, memory, control, index, scratch, names, spin }, ready) =
   }
 };
 if (typeof process === "object" && process.versions?.node) {
-  import("node:worker_threads").then(({ parentPort, workerData }) => work(workerData, () => parentPort.postMessage("ready")));
+  const { parentPort, workerData } = require("node:worker_threads");
+  work(workerData, () => parentPort.postMessage("ready"));
 } else {
   self.onmessage = ({ data }) => work(data, () => self.postMessage("ready"));
 }

@@ -1,0 +1,161 @@
+// What a model does on held-out text: bits per byte, and the experts every token went to, read in one go per batch.
+import { type Engine, leaves, random, type Task, type Tensor, type Tree, UnsupportedError } from "@switchyard/core";
+import { countedTokens, type TokenBatch } from "./batches.ts";
+import {
+  type Choices,
+  chosenProbabilities,
+  deadExperts,
+  expertLoad,
+  expertsPerToken,
+  loadByLabel,
+  loadImbalance,
+  routingEntropy,
+  routingFluctuation,
+  specialisation,
+} from "./metrics.ts";
+import type { LayerRouting } from "./results.ts";
+
+/** A model as the trainer sees it, with the parameters and buffers of the moment. */
+export interface Moment {
+  readonly engine: Engine;
+  readonly task: Task<TokenBatch>;
+  readonly params: Tree;
+  readonly buffers: readonly Tree[];
+  /** Real experts of every MoE layer. */
+  readonly experts: number;
+  readonly step: number;
+  readonly totalSteps: number;
+}
+
+/** One MoE layer's choices for a list of tokens, with each token's distribution over the experts. */
+export interface LayerChoices extends Choices {
+  readonly probabilities: Float32Array; // [tokens, experts]
+}
+
+interface Watched {
+  /** Natural-log loss summed over the counted tokens. */
+  readonly nats: number;
+  /** All positions of the batch, counted or not. */
+  readonly layers: readonly LayerChoices[];
+}
+
+async function read(x: Tensor): Promise<Float64Array> {
+  return Float64Array.from(await x.data());
+}
+
+/** One forward pass without gradients. @throws UnsupportedError for a plan that names no experts per token. */
+export async function watch(moment: Moment, batch: TokenBatch): Promise<Watched> {
+  const { engine, task, params, buffers, experts, step, totalSteps } = moment;
+  const kept = engine.scope(() => {
+    const pass = task.forward(params, buffers, batch, {
+      step,
+      totalSteps,
+      training: false,
+      pass: 0,
+      microBatch: 0,
+      random: random(engine, 0).at("evaluation"),
+      schedule: {},
+    });
+    return {
+      loss: pass.loss,
+      layers: pass.layers.map(({ plan, probabilities }) => {
+        if (plan.kind !== "sparse" && plan.kind !== "dense") {
+          throw new UnsupportedError(`the comparison follows experts per token; a plan of kind "${plan.kind}" names none`);
+        }
+        return {
+          weights: plan.weights,
+          ...(plan.kind === "sparse" ? { ids: plan.experts } : {}),
+          ...(probabilities === undefined ? {} : { probabilities }),
+        };
+      }),
+    };
+  });
+  try {
+    const tokens = batch.rows * batch.length;
+    const layers: LayerChoices[] = [];
+    for (const { ids, weights, probabilities } of kept.layers) {
+      const values = Float32Array.from(await read(weights));
+      const choices = ids === undefined ? fromDense(values, experts) : fromSparse(Int32Array.from(await read(ids)), values, experts, tokens);
+      const distribution = probabilities === undefined ? chosenProbabilities(choices) : firstColumns(await read(probabilities), tokens, experts);
+      layers.push({ ...choices, probabilities: distribution });
+    }
+    const [loss = 0] = await read(kept.loss);
+    return { nats: loss * countedTokens(batch), layers };
+  } finally {
+    // A router may return one tensor in two places.
+    for (const tensor of new Set(leaves(kept).map(([, x]) => x))) tensor.dispose();
+  }
+}
+
+const fromSparse = (ids: Int32Array, weights: Float32Array, experts: number, tokens: number): Choices => ({
+  experts,
+  k: tokens === 0 ? 0 : ids.length / tokens,
+  ids,
+  weights,
+});
+
+const fromDense = (weights: Float32Array, experts: number): Choices => ({
+  experts,
+  k: experts,
+  ids: Int32Array.from(weights, (weight, i) => (weight === 0 ? -1 : i % experts)),
+  weights,
+});
+
+/** The columns of the real experts, null ones left out. */
+function firstColumns(rows: Float64Array, tokens: number, experts: number): Float32Array {
+  const width = tokens === 0 ? experts : rows.length / tokens;
+  return Float32Array.from({ length: tokens * experts }, (_, i) => rows[Math.floor(i / experts) * width + (i % experts)] ?? 0);
+}
+
+/** Keeps the positions for which `keep` is true. */
+export function onlyTokens(choices: LayerChoices, keep: (token: number) => boolean): LayerChoices {
+  const { experts, k, ids, weights, probabilities } = choices;
+  const rows = (token: number, width: number): readonly [number, number] => [token * width, (token + 1) * width];
+  const tokens = Array.from({ length: probabilities.length / Math.max(1, experts) }, (_, token) => token).filter(keep);
+  return {
+    experts,
+    k,
+    ids: Int32Array.from(tokens.flatMap((token) => [...ids.subarray(...rows(token, k))])),
+    weights: Float32Array.from(tokens.flatMap((token) => [...weights.subarray(...rows(token, k))])),
+    probabilities: Float32Array.from(tokens.flatMap((token) => [...probabilities.subarray(...rows(token, experts))])),
+  };
+}
+
+/** Joins the choices of one layer on several batches; a narrower list of slots is filled up with empty ones. */
+export function joined(parts: readonly LayerChoices[]): LayerChoices {
+  const experts = parts[0]?.experts ?? 0;
+  const k = Math.max(0, ...parts.map((part) => part.k));
+  const tokens = parts.map((part) => part.probabilities.length / Math.max(1, experts));
+  const total = tokens.reduce((sum, n) => sum + n, 0);
+  const ids = new Int32Array(total * k).fill(-1);
+  const weights = new Float32Array(total * k);
+  const probabilities = new Float32Array(total * experts);
+  let at = 0;
+  for (const [i, part] of parts.entries()) {
+    const count = tokens[i] ?? 0;
+    for (let token = 0; token < count; token++) {
+      ids.set(part.ids.subarray(token * part.k, (token + 1) * part.k), (at + token) * k);
+      weights.set(part.weights.subarray(token * part.k, (token + 1) * part.k), (at + token) * k);
+    }
+    probabilities.set(part.probabilities, at * experts);
+    at += count;
+  }
+  return { experts, k, ids, weights, probabilities };
+}
+
+const rounded = (x: number): number => Number(x.toFixed(5));
+
+/** The record of one layer: tokens labelled by domain, and the same tokens at the checkpoint before. */
+export function layerRouting(now: LayerChoices, labels: Uint8Array, domains: number, before?: Choices): LayerRouting {
+  const load = loadByLabel(now, labels, domains);
+  const all = expertLoad(now);
+  return {
+    load: Array.from({ length: domains }, (_, d) => [...load.subarray(d * now.experts, (d + 1) * now.experts)].map(rounded)),
+    entropy: rounded(routingEntropy(now.probabilities, now.experts)),
+    imbalance: rounded(loadImbalance(all)),
+    dead: deadExperts(all),
+    specialisation: rounded(Math.max(0, specialisation(now, labels, domains))),
+    expertsPerToken: rounded(expertsPerToken(now)),
+    ...(before === undefined ? {} : { fluctuation: rounded(routingFluctuation(before, now)) }),
+  };
+}

@@ -1,0 +1,114 @@
+// The cache of a transformer: keys, values and the routers' own state of earlier positions, per layer. It grows by copying.
+import { alias, concat, dispose, mapTree, ShapeError, slice, type Tensor, type Tree, takeRows } from "@switchyard/core";
+import type { KvCache } from "./model.ts";
+
+interface LayerState {
+  /** [batch, positions, kvHeads, headSize] */
+  readonly keys: Tensor;
+  readonly values: Tensor;
+  /** Leaves [batch, positions, ...]: all positions so far, as the router returned them. */
+  readonly router?: Tree;
+}
+
+/** The cache that `Transformer.newCache` makes. Its tensors belong to it, not to any scope: dispose it when done. */
+export class TransformerCache implements KvCache {
+  readonly #layers: (LayerState | undefined)[];
+  #batch: number;
+
+  constructor(layers: number, batch: number) {
+    this.#layers = new Array<undefined>(layers).fill(undefined);
+    this.#batch = batch;
+  }
+
+  get batch(): number {
+    return this.#batch;
+  }
+
+  get length(): number {
+    return Math.min(...this.#layers.map((state) => state?.keys.shape[1] ?? 0));
+  }
+
+  append(layer: number, keys: Tensor, values: Tensor): void {
+    if (!(layer in this.#layers)) throw new ShapeError(`cache: layer ${layer} of ${this.#layers.length}`);
+    for (const x of [keys, values]) {
+      if (x.shape.length !== 4 || x.shape[0] !== this.#batch) {
+        throw new ShapeError(
+          `cache: keys and values must be [batch, sequence, kvHeads, headSize] with batch ${this.#batch}, found [${x.shape}]`,
+        );
+      }
+    }
+    const old = this.#layers[layer];
+    const join = (before: Tensor | undefined, x: Tensor): Tensor => (before ? concat([before, x], 1) : x);
+    this.#replace(layer, keys.engine, () => ({
+      ...old,
+      keys: join(old?.keys, keys),
+      values: join(old?.values, values),
+    }));
+  }
+
+  /** All keys and values so far, [batch, positions, kvHeads, headSize]; undefined before the first append. */
+  layer(layer: number): LayerState | undefined {
+    return this.#layers[layer];
+  }
+
+  /** Takes over what a router returned as its new state. */
+  setRouter(layer: number, router: Tree): void {
+    const old = this.#layers[layer];
+    if (!old) throw new ShapeError(`cache: layer ${layer} has no keys yet`);
+    this.#replace(layer, old.keys.engine, () => ({ ...old, router }));
+  }
+
+  reorder(rows: readonly number[]): void {
+    const wrong = rows.find((row) => !Number.isInteger(row) || row < 0 || row >= this.#batch);
+    if (wrong !== undefined) throw new ShapeError(`cache: cannot take row ${wrong} of a batch of ${this.#batch}`);
+    this.#change((x) => takeRows(x, x.engine.root.tensor(Int32Array.from(rows), [rows.length])));
+    this.#batch = rows.length;
+  }
+
+  truncate(length: number): void {
+    if (!Number.isInteger(length) || length < 0 || length > this.length) {
+      throw new ShapeError(`cache: cannot be cut to ${length} positions, it holds ${this.length}`);
+    }
+    // A layer may be longer than the others when a pass failed half-way.
+    this.#change((x) => slice(x, x.shape.map(() => 0), x.shape.map((size, axis) => (axis === 1 ? Math.min(length, size) : size))));
+  }
+
+  dispose(): void {
+    for (const state of this.#layers.splice(0)) free(state);
+  }
+
+  #change(change: (x: Tensor) => Tensor): void {
+    for (const [layer, old] of this.#layers.entries()) {
+      if (!old) continue;
+      const { keys, values, router } = old;
+      this.#replace(layer, keys.engine, () => ({
+        keys: change(keys),
+        values: change(values),
+        ...(router ? { router: mapTree(router, change) } : {}),
+      }));
+    }
+  }
+
+  /** The new state is complete before anything old goes, so that a failure leaves the cache as it was. */
+  #replace(layer: number, engine: Tensor["engine"], make: () => LayerState): void {
+    const old = this.#layers[layer];
+    let state: LayerState | undefined;
+    engine.scope(() => {
+      const { keys, values, router } = make();
+      state = {
+        keys: alias(keys),
+        values: alias(values),
+        ...(router ? { router: mapTree(router, alias) } : {}),
+      };
+    });
+    this.#layers[layer] = state;
+    free(old);
+  }
+}
+
+function free(state: LayerState | undefined): void {
+  if (!state) return;
+  state.keys.dispose();
+  state.values.dispose();
+  if (state.router) dispose(state.router);
+}

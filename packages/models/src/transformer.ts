@@ -1,0 +1,541 @@
+// A decoder-only Mixture-of-Experts transformer: pre-norm RMS normalisation (1910.07467), rotary positions (2104.09864),
+// grouped-query attention (2305.13245) and SwiGLU experts (2002.05202) behind any router. One definition trains and runs.
+import {
+  add,
+  affine,
+  attention,
+  type Engine,
+  type Experts,
+  glu,
+  hostConstant,
+  layerParams,
+  leaves,
+  linear,
+  type MoELayer,
+  mapTree,
+  maximum,
+  minimum,
+  moe,
+  moeLayer,
+  type Random,
+  random as makeRandom,
+  reshape,
+  rmsNorm,
+  type Routed,
+  type Router,
+  type RouterInput,
+  type RouterPlugin,
+  rope,
+  routeTokens,
+  runExperts,
+  ShapeError,
+  slice,
+  type Tensor,
+  type Tree,
+  takeRows,
+  UnsupportedError,
+} from "@switchyard/core";
+import { TransformerCache } from "./cache.ts";
+import type { ForwardOptions, KvCache, Model } from "./model.ts";
+import { branch, leaf, tensorsIn } from "./tree.ts";
+
+export interface TransformerConfig {
+  /** Number of token ids. */
+  readonly vocabulary: number;
+  /** Size of the residual stream. */
+  readonly width: number;
+  readonly layers: number;
+  readonly heads: number;
+  /** Heads of keys and values, a divisor of `heads`; default heads. */
+  readonly kvHeads?: number;
+  /** Channels per head, even; default width / heads. */
+  readonly headSize?: number;
+  /** Experts per layer. */
+  readonly experts: number;
+  /** Inner size of one expert. */
+  readonly hidden: number;
+  readonly router: RouterPlugin;
+  /** Longest sequence. */
+  readonly context: number;
+  /** Default 10000. */
+  readonly ropeTheta?: number;
+  /** Default 1e-5. */
+  readonly normEps?: number;
+  /**
+   * RMS normalisation of queries and keys: of each head (Qwen3, 2505.09388), or of the whole projection (OLMoE, 2409.02060).
+   * Default false.
+   */
+  readonly qkNorm?: false | "head" | "projection";
+  /** Clips queries, keys and values to [-clipQkv, clipQkv] (OLMoE's option); default: no clipping. */
+  readonly clipQkv?: number;
+  /** One matrix for input and output embeddings; default false. */
+  readonly tieEmbeddings?: boolean;
+  /** Experts every token goes through, run as one of inner size sharedExperts * hidden (2401.06066); default 0. */
+  readonly sharedExperts?: number;
+  /**
+   * Accepts routers whose choice for a token depends on later tokens. The loss is then better than what generation can
+   * reach, because the routing tells about the future. Default false.
+   */
+  readonly allowNonCausal?: boolean;
+}
+
+/** `TransformerConfig` with every default filled in. */
+export type CompleteConfig = Required<Omit<TransformerConfig, "clipQkv">> & { readonly clipQkv: number | undefined };
+
+export interface TransformerOptions extends ForwardOptions {
+  /** Default false. */
+  readonly training?: boolean;
+  /** Optimiser steps done; default 0. */
+  readonly step?: number;
+  readonly totalSteps?: number;
+  /** Repetition of the same batch (THOR); default 0. */
+  readonly pass?: number;
+  /** Keyed by (seed, step, pass, micro-batch); default: seed 0. */
+  readonly random?: Random;
+  /** One tree per layer, instead of the model's own. */
+  readonly buffers?: readonly Tree[];
+  /** Handed to routers. */
+  readonly schedule?: Readonly<Record<string, number | boolean>>;
+  /** `[load]` per layer, handed to routers. */
+  readonly globalLoad?: readonly Tensor[];
+  /**
+   * Is told the inputs of every matrix of the routed experts, rows sorted by expert: `parameter` is the path of the matrix
+   * in `params` ("layers.0.moe.experts.gateUp").
+   */
+  readonly observe?: (parameter: string, layer: number, rows: Tensor, ends: Tensor) => void;
+}
+
+export interface Transformer extends Model {
+  readonly engine: Engine;
+  readonly config: CompleteConfig;
+  /** One per layer. */
+  readonly routers: readonly Router[];
+  /** The routers' buffers, one tree per layer. */
+  readonly buffers: readonly Tree[];
+  /**
+   * ids i32 [batch, sequence] -> logits [batch, sequence, vocabulary], and what each layer's router decided. Ids outside
+   * the vocabulary embed to zero. Throws ShapeError for a sequence beyond `context`, UnsupportedError for a router that
+   * looks ahead.
+   */
+  forward(
+    params: Tree,
+    ids: Tensor,
+    options?: TransformerOptions,
+  ): { readonly logits: Tensor; readonly routed: readonly Routed[] };
+  /**
+   * Logits [batch, vocabulary] of the last position, layer by layer. Prompts of different lengths are padded at the left.
+   * What a trace records is valid during the call only: read it or `alias` it.
+   */
+  step(ids: Tensor, options?: ForwardOptions): Promise<Tensor>;
+  /** The same model with other parameters and buffers, for example a trainer's. Nothing is copied. */
+  with(state: { readonly params?: Tree; readonly buffers?: readonly Tree[] }): Transformer;
+}
+
+const defaults = {
+  ropeTheta: 10000,
+  normEps: 1e-5,
+  qkNorm: false,
+  tieEmbeddings: false,
+  sharedExperts: 0,
+  allowNonCausal: false,
+  clipQkv: undefined,
+} as const;
+
+/** Fills in the defaults. Throws ShapeError where sizes do not fit together. */
+export function completeConfig(config: TransformerConfig): CompleteConfig {
+  const { width, heads } = config;
+  const complete: CompleteConfig = { kvHeads: heads, headSize: width / heads, ...defaults, ...config };
+  const refuse = (why: string): never => {
+    throw new ShapeError(`transformer: ${why}`);
+  };
+  for (const name of ["vocabulary", "width", "layers", "heads", "kvHeads", "experts", "hidden", "context"] as const) {
+    const value = complete[name];
+    if (!Number.isInteger(value) || value < 1) refuse(`${name} is ${value}, expected a whole number from 1`);
+  }
+  const { kvHeads, headSize, sharedExperts, normEps, ropeTheta, clipQkv } = complete;
+  if (!Number.isInteger(headSize) || headSize < 2 || headSize % 2 !== 0) {
+    refuse(`headSize is ${headSize}, expected an even whole number (width ${width}, ${heads} heads)`);
+  }
+  if (heads % kvHeads !== 0) refuse(`${heads} heads cannot share ${kvHeads} heads of keys and values`);
+  if (!Number.isInteger(sharedExperts) || sharedExperts < 0) refuse(`sharedExperts is ${sharedExperts}`);
+  if (!(normEps >= 0)) refuse(`normEps is ${normEps}`);
+  if (!(ropeTheta > 0)) refuse(`ropeTheta is ${ropeTheta}`);
+  if (clipQkv !== undefined && !(clipQkv > 0)) refuse(`clipQkv is ${clipQkv}`);
+  return complete;
+}
+
+/** Shapes of all parameters but the routers', by their path in `params`. */
+export function parameterShapes(config: TransformerConfig): ReadonlyMap<string, readonly number[]> {
+  const complete = completeConfig(config);
+  const { vocabulary, width, layers, heads, kvHeads, headSize, experts, hidden, qkNorm, sharedExperts } = complete;
+  const shapes = new Map<string, readonly number[]>([["embed", [vocabulary, width]]]);
+  for (let layer = 0; layer < layers; layer++) {
+    const at = (name: string, shape: readonly number[]) => shapes.set(`layers.${layer}.${name}`, shape);
+    at("attentionNorm", [width]);
+    at("attention.q", [heads * headSize, width]);
+    at("attention.k", [kvHeads * headSize, width]);
+    at("attention.v", [kvHeads * headSize, width]);
+    at("attention.o", [width, heads * headSize]);
+    if (qkNorm) {
+      at("attention.qNorm", [qkNorm === "head" ? headSize : heads * headSize]);
+      at("attention.kNorm", [qkNorm === "head" ? headSize : kvHeads * headSize]);
+    }
+    at("moeNorm", [width]);
+    at("moe.experts.gateUp", [experts, 2 * hidden, width]);
+    at("moe.experts.down", [experts, width, hidden]);
+    if (sharedExperts > 0) {
+      at("moe.shared.0.experts.gateUp", [1, 2 * sharedExperts * hidden, width]);
+      at("moe.shared.0.experts.down", [1, width, sharedExperts * hidden]);
+    }
+  }
+  shapes.set("norm", [width]);
+  if (!complete.tieEmbeddings) shapes.set("head", [vocabulary, width]);
+  return shapes;
+}
+
+/** N(0, 0.02); matrices that write into the residual stream scaled by 1/sqrt(2 layers) (GPT-2); norms start at 1. */
+function initial(engine: Engine, config: CompleteConfig, random: Random): (path: string, shape: readonly number[]) => Tensor {
+  return (path, shape) => {
+    if (shape.length === 1) return engine.tensor(new Float32Array(shape[0] ?? 0).fill(1), shape);
+    const residual = path.endsWith(".o") || path.endsWith(".down");
+    const scale = residual ? 0.02 / Math.sqrt(2 * config.layers) : 0.02;
+    return engine.scope(() => affine(random.at(path).normal(shape), { scale, shift: 0 }));
+  };
+}
+
+/**
+ * A new model with random parameters on `engine`.
+ * Throws ShapeError where sizes do not fit together, UnsupportedError for a router that needs what text does not have.
+ *
+ * @example
+ * const model = transformer(engine, { vocabulary: 2048, width: 128, layers: 4, heads: 4, experts: 8, hidden: 128,
+ *   router: topK({ k: 2 }), context: 256 }, random(engine, 1));
+ */
+export function transformer(engine: Engine, config: TransformerConfig, random: Random): Transformer {
+  const complete = completeConfig(config);
+  return buildTransformer(engine, complete, { random, parameter: initial(engine, complete, random) });
+}
+
+/** A model whose parameters come from `parameter`, by path; those of the routers are new (see `parameterShapes`). */
+export function buildTransformer(
+  engine: Engine,
+  config: CompleteConfig,
+  parts: { readonly random: Random; parameter(path: string, shape: readonly number[]): Tensor },
+): Transformer {
+  const { width, layers, heads, experts: count, hidden, router: plugin, sharedExperts } = config;
+  for (const need of plugin.needs) {
+    if (need === "modalityIds" || need === "target") {
+      throw new UnsupportedError(`router ${plugin.name} needs "${need}", which a text model does not have; use another router`);
+    }
+  }
+  const shapes = parameterShapes(config);
+  const given = (path: string): Tensor => parts.parameter(path, shapes.get(path) ?? []);
+  const shared = new Map<string, unknown>();
+  const modules: MoELayer[] = [];
+  const layerTrees: Tree[] = [];
+  const embed = given("embed");
+  for (let layer = 0; layer < layers; layer++) {
+    const at = (name: string): Tensor => given(`layers.${layer}.${name}`);
+    const attentionNames = ["q", "k", "v", "o", ...(config.qkNorm ? ["qNorm", "kNorm"] : [])];
+    const attentionTree = Object.fromEntries(attentionNames.map((name) => [name, at(`attention.${name}`)]));
+    const expertSet = (path: string, experts: number, inner: number): Experts =>
+      glu({ count: experts, width, hidden: inner, params: { gateUp: at(`${path}.gateUp`), down: at(`${path}.down`) } });
+    const experts = expertSet("moe.experts", count, hidden);
+    const every = sharedExperts > 0 ? [{ experts: expertSet("moe.shared.0.experts", 1, sharedExperts * hidden) }] : undefined;
+    const context = {
+      engine,
+      width,
+      experts: count,
+      heads,
+      layer,
+      layers,
+      random: parts.random.at("router", layer),
+      shared: <T>(key: string, make: () => T): T => {
+        if (!shared.has(key)) shared.set(key, make());
+        return shared.get(key) as T;
+      },
+    };
+    const module = moeLayer(plugin, context, { experts, ...(every ? { shared: every } : {}) });
+    modules.push(module);
+    layerTrees.push({
+      attentionNorm: at("attentionNorm"),
+      attention: attentionTree,
+      moeNorm: at("moeNorm"),
+      moe: layerParams(module),
+    });
+  }
+  const params: Tree = {
+    embed,
+    layers: layerTrees,
+    norm: given("norm"),
+    ...(config.tieEmbeddings ? {} : { head: given("head") }),
+  };
+  return assemble(engine, config, { modules, params, buffers: modules.map(({ router }) => router.buffers) });
+}
+
+interface Parts {
+  readonly modules: readonly MoELayer[];
+  readonly params: Tree;
+  readonly buffers: readonly Tree[];
+}
+
+/** What is the same for all layers of one pass. */
+interface PassState {
+  readonly params: Tree;
+  readonly options: TransformerOptions;
+  readonly buffers: readonly Tree[];
+  readonly random: Random;
+  readonly layout: RouterInput["layout"];
+  readonly cache: TransformerCache | undefined;
+  readonly tokenIds: Tensor;
+  /** [sequence, headSize / 2] */
+  readonly cos: Tensor;
+  readonly sin: Tensor;
+}
+
+function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transformer {
+  const { vocabulary, width, layers, heads, kvHeads, headSize, context, ropeTheta, normEps: eps, qkNorm } = config;
+  const { modules, params: ownParams, buffers: ownBuffers } = parts;
+  const { router: plugin, clipQkv } = config;
+
+  const checkCausal = (training: boolean): void => {
+    if (config.allowNonCausal || (training ? plugin.causal.training : plugin.causal.evaluation)) return;
+    const use = training ? "training a language model on it leaks the future into the loss" : "it cannot generate text";
+    throw new UnsupportedError(
+      `router ${plugin.name} chooses experts by looking at later tokens, so ${use}; ` +
+        "use a causal router, or set allowNonCausal: true if that is wanted",
+    );
+  };
+
+  const checkCache = (cache: KvCache | undefined, batch: number): TransformerCache | undefined => {
+    if (cache === undefined) return undefined;
+    if (!(cache instanceof TransformerCache)) {
+      throw new UnsupportedError("transformer: this cache was made by another kind of model; use model.newCache(batch)");
+    }
+    if (cache.batch !== batch) throw new ShapeError(`transformer: the cache has ${cache.batch} rows, the ids have ${batch}`);
+    return cache;
+  };
+
+  /** Checks the inputs; its tensors live in the scope of the caller. */
+  const begin = (params: Tree, ids: Tensor, options: TransformerOptions): PassState => {
+    const [batch, sequence] = ids.shape;
+    if (ids.shape.length !== 2 || ids.dtype !== "i32" || batch === undefined || sequence === undefined) {
+      throw new ShapeError(`transformer: ids must be i32 [batch, sequence], found ${ids.dtype} [${ids.shape}]`);
+    }
+    const { training = false, mask } = options;
+    checkCausal(training);
+    const cache = checkCache(options.cache, batch);
+    if (cache && training) throw new UnsupportedError("transformer: a cache is for inference; leave it out while training");
+    const past = cache?.length ?? 0;
+    if (past + sequence > context) {
+      throw new ShapeError(`transformer: ${past + sequence} positions (${past} of them cached), but context is ${context}`);
+    }
+    if (mask && mask.shape.join() !== [batch, past + sequence].join()) {
+      throw new ShapeError(`transformer: mask is [${mask.shape}], expected [batch, past + sequence] = [${batch}, ${past + sequence}]`);
+    }
+    const half = headSize / 2;
+    const angles = Float64Array.from({ length: sequence * half }, (_, i) => {
+      const position = past + Math.floor(i / half);
+      return position * ropeTheta ** (-(i % half) / half);
+    });
+    return {
+      params,
+      options,
+      buffers: options.buffers ?? ownBuffers,
+      random: options.random ?? makeRandom(engine, 0),
+      layout: { batch, sequence, past, ...(mask ? { mask } : {}) },
+      cache,
+      tokenIds: reshape(ids, [batch * sequence]),
+      cos: hostConstant(ids, angles.map(Math.cos), [sequence, half]),
+      sin: hostConstant(ids, angles.map(Math.sin), [sequence, half]),
+    };
+  };
+
+  /** The attention half of a layer: x [batch, sequence, width] -> the new residual and what the router gets to see. */
+  const attend = (pass: PassState, layer: number, x: Tensor, carry: Tree | undefined) => {
+    const { params, options, layout, cache, cos, sin } = pass;
+    const { batch, sequence, mask } = layout;
+    const own = branch(params, "layers", layer);
+    const weights = branch(own, "attention");
+    const y = rmsNorm(x, leaf(own, "attentionNorm"), { eps });
+    const project = (name: "q" | "k" | "v", count: number): Tensor => {
+      let z = linear(y, leaf(weights, name)); // [batch, sequence, count * headSize]
+      if (qkNorm === "projection" && name !== "v") z = rmsNorm(z, leaf(weights, `${name}Norm`), { eps });
+      if (clipQkv !== undefined) z = minimum(maximum(z, -clipQkv), clipQkv);
+      z = reshape(z, [batch, sequence, count, headSize]);
+      if (qkNorm === "head" && name !== "v") z = rmsNorm(z, leaf(weights, `${name}Norm`), { eps });
+      return name === "v" ? z : rope(z, cos, sin);
+    };
+    const q = project("q", heads);
+    let keys = project("k", kvHeads);
+    let values = project("v", kvHeads);
+    if (cache) {
+      cache.append(layer, keys, values);
+      const all = cache.layer(layer);
+      if (all) ({ keys, values } = all); // [batch, past + sequence, kvHeads, headSize]
+    }
+    const settings = { causal: true, scale: 1 / Math.sqrt(headSize), ...(mask ? { mask } : {}) };
+    const { output } = attention(q, keys, values, settings);
+    const residual = add(x, linear(reshape(output, [batch, sequence, heads * headSize]), leaf(weights, "o")));
+    const { training = false, step = 0, totalSteps, pass: repetition = 0, override, schedule } = options;
+    const routerCache = cache?.layer(layer)?.router;
+    const globalLoad = options.globalLoad?.[layer];
+    const input: RouterInput = {
+      hidden: reshape(rmsNorm(residual, leaf(own, "moeNorm"), { eps }), [batch * sequence, width]),
+      layout,
+      training,
+      step,
+      ...(totalSteps === undefined ? {} : { totalSteps }),
+      pass: repetition,
+      layer,
+      layers,
+      random: pass.random.at("layer", layer),
+      buffers: pass.buffers[layer] ?? [],
+      tokenIds: pass.tokenIds,
+      attention: () => {
+        const { probabilities } = attention(q, keys, values, { ...settings, probabilities: true });
+        if (!probabilities) throw new Error("attention gave no probabilities");
+        return probabilities; // [batch, heads, sequence, past + sequence]
+      },
+      ...(carry === undefined ? {} : { carry }),
+      ...(routerCache === undefined ? {} : { cache: routerCache }),
+      ...(override === undefined ? {} : { override }),
+      ...(schedule === undefined ? {} : { schedule }),
+      ...(globalLoad === undefined ? {} : { globalLoad }),
+    };
+    return { residual, input };
+  };
+
+  const join = (residual: Tensor, output: Tensor): Tensor => add(residual, reshape(output, residual.shape));
+  const embedded = ({ params, tokenIds, layout: { batch, sequence } }: PassState): Tensor =>
+    reshape(takeRows(leaf(params, "embed"), tokenIds), [batch, sequence, width]);
+  const toLogits = (params: Tree, x: Tensor): Tensor =>
+    linear(rmsNorm(x, leaf(params, "norm"), { eps }), leaf(params, config.tieEmbeddings ? "embed" : "head"));
+  const moduleOf = (layer: number): MoELayer => {
+    const module = modules[layer];
+    if (!module) throw new RangeError(`layer ${layer} of ${modules.length}`);
+    return module;
+  };
+  /** A pass that fails leaves the cache as it found it. */
+  const undoing = <T>(cache: TransformerCache | undefined, body: () => T): T => {
+    const length = cache?.length ?? 0;
+    try {
+      return body();
+    } catch (error) {
+      cache?.truncate(length);
+      throw error;
+    }
+  };
+
+  const forward: Transformer["forward"] = (params, ids, options = {}) =>
+    ids.engine.scope(() => {
+      const pass = begin(params, ids, options);
+      const { observe } = options;
+      return undoing(pass.cache, () => {
+        const routed: Routed[] = [];
+        let x = embedded(pass);
+        let carry: Tree | undefined;
+        for (let layer = 0; layer < layers; layer++) {
+          const { residual, input } = attend(pass, layer, x, carry);
+          const watching = observe && {
+            observe: (name: string, rows: Tensor, ends: Tensor) =>
+              observe(`layers.${layer}.moe.experts.${name}`, layer, rows, ends),
+          };
+          const done = moe(moduleOf(layer), branch(params, "layers", layer, "moe"), input, { ...watching });
+          x = join(residual, done.output);
+          if (done.routed.cache) pass.cache?.setRouter(layer, done.routed.cache);
+          options.trace?.record(layer, done.routed);
+          carry = done.routed.carry;
+          routed.push(done.routed);
+        }
+        return { logits: toLogits(params, x), routed };
+      });
+    });
+
+  /** Ids of the experts that a plan uses; all of them where the plan does not say it in ids. */
+  const chosen = async ({ plan, more = [] }: Routed, count: number): Promise<number[]> => {
+    const ids = new Set<number>();
+    for (const { plan: one } of [{ plan }, ...more]) {
+      const listed = one.kind === "sparse" ? await one.experts.data() : Array.from({ length: count }, (_, e) => e);
+      for (const id of listed) if (id >= 0 && id < count) ids.add(id);
+    }
+    return [...ids].sort((a, b) => a - b);
+  };
+
+  const step: Transformer["step"] = async (ids, options = {}) => {
+    const alive = new Set<Tensor>();
+    const keep = <T>(value: T): T => {
+      for (const x of tensorsIn(value)) alive.add(x);
+      return value;
+    };
+    const pass = keep(engine.scope(() => begin(ownParams, ids, options)));
+    const length = pass.cache?.length ?? 0;
+    try {
+      let x = keep(engine.scope(() => embedded(pass)));
+      let carry: Tree | undefined;
+      for (let layer = 0; layer < layers; layer++) {
+        const module = moduleOf(layer);
+        const params = branch(ownParams, "layers", layer, "moe");
+        const first = keep(
+          engine.scope(() => {
+            const { residual, input } = attend(pass, layer, x, carry);
+            return { residual, input, routed: routeTokens(module, params, input) };
+          }),
+        );
+        await module.experts.prepare?.(await chosen(first.routed, module.experts.count));
+        const second = keep(
+          engine.scope(() => {
+            const { input, routed } = first;
+            const done = runExperts(module, params, input, { routed, options: { metrics: options.trace !== undefined } });
+            return { x: join(first.residual, done.output), routed: done.routed };
+          }),
+        );
+        if (second.routed.cache) pass.cache?.setRouter(layer, second.routed.cache);
+        options.trace?.record(layer, second.routed);
+        x = second.x;
+        carry = second.routed.carry;
+        // What the next layers need stays; the rest of this layer goes now, not at the end of the pass.
+        const needed = tensorsIn([x, carry, pass]);
+        for (const tensor of alive) {
+          if (needed.has(tensor)) continue;
+          tensor.dispose();
+          alive.delete(tensor);
+        }
+      }
+      const { batch, sequence } = pass.layout;
+      return engine.scope(() =>
+        reshape(toLogits(ownParams, slice(x, [0, sequence - 1, 0], [batch, 1, width])), [batch, vocabulary]),
+      );
+    } catch (error) {
+      pass.cache?.truncate(length);
+      throw error;
+    } finally {
+      for (const tensor of alive) tensor.dispose();
+    }
+  };
+
+  return {
+    engine,
+    config,
+    params: ownParams,
+    layers,
+    vocabulary,
+    routers: modules.map(({ router }, layer) => ({ ...router, buffers: ownBuffers[layer] ?? router.buffers })),
+    buffers: ownBuffers,
+    forward,
+    step,
+    newCache: (batch) => new TransformerCache(layers, batch),
+    with: ({ params = ownParams, buffers = ownBuffers }) => {
+      const expected = new Map(leaves(ownParams).map(([path, x]) => [path, x.shape.join()]));
+      const wrong = leaves(params).find(([path, x]) => expected.get(path) !== x.shape.join());
+      if (wrong || leaves(params).length !== expected.size || buffers.length !== layers) {
+        throw new ShapeError(
+          wrong
+            ? `transformer: parameter "${wrong[0]}" is [${wrong[1].shape}], expected [${expected.get(wrong[0]) ?? "none"}]`
+            : `transformer: ${leaves(params).length} parameters and ${buffers.length} buffers, expected ${expected.size} and ${layers}`,
+        );
+      }
+      return assemble(engine, config, { modules, params, buffers });
+    },
+  };
+}
