@@ -6,6 +6,7 @@ const source = (path: string): string => fileURLToPath(new URL(`../packages/${pa
 
 export const alias = [
   { find: /^@switchyard\/core\/cpu$/, replacement: source("core/src/cpu/index.ts") },
+  { find: /^@switchyard\/bench\/kernels$/, replacement: source("bench/src/kernels.ts") },
   { find: /^@switchyard\/kernels\/wasm$/, replacement: source("kernels/src/wasm/index.ts") },
   { find: /^@switchyard\/routers\/(.+)$/, replacement: source("routers/src/$1.ts") },
   { find: /^@switchyard\/([a-z]+)$/, replacement: source("$1/src/index.ts") },

@@ -2,7 +2,7 @@
 import { once } from "node:events";
 import { readFileSync } from "node:fs";
 import { Worker } from "node:worker_threads";
-import type { Contender } from "@switchyard/bench";
+import type { Contender } from "@switchyard/bench/kernels";
 import asc from "assemblyscript/asc";
 
 export interface Loop extends Contender {

@@ -460,10 +460,11 @@ function resumable(file: string, router: string, seed: number) {
   return { state, trainer: { json: found.snapshot.json, arrays }, choices: choices.length === 0 ? undefined : choices };
 }
 
-/** The first words of a held-out block after its first line break or space: text no model has seen. */
+/** The first words of a held-out block after its first line break, or else space: text no model has seen. */
 export function promptFrom(block: Uint8Array): string {
   const text = decode(block);
-  const start = text.search(/\n\S|\s\S/) + 1;
+  const line = text.search(/\n\S/);
+  const start = (line < 0 ? text.search(/\s\S/) : line) + 1;
   return (/^(?:\S+\s){1,6}/.exec(text.slice(start, start + 200))?.[0] ?? text.slice(start, start + 40)).trimEnd();
 }
 

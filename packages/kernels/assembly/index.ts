@@ -2,3 +2,6 @@
 // of the calling thread. Results do not depend on how the units are cut into ranges.
 export * from "./elementwise";
 export * from "./matmul";
+export * from "./copy";
+export * from "./reduce";
+export * from "./sort";

@@ -12,7 +12,6 @@ import {
   leaves,
   linear,
   type MoELayer,
-  mapTree,
   maximum,
   minimum,
   moe,
@@ -67,7 +66,7 @@ export interface TransformerConfig {
    */
   readonly qkNorm?: false | "head" | "projection";
   /** Clips queries, keys and values to [-clipQkv, clipQkv] (OLMoE's option); default: no clipping. */
-  readonly clipQkv?: number;
+  readonly clipQkv?: number | undefined;
   /** One matrix for input and output embeddings; default false. */
   readonly tieEmbeddings?: boolean;
   /** Experts every token goes through, run as one of inner size sharedExperts * hidden (2401.06066); default 0. */
@@ -273,6 +272,10 @@ export function buildTransformer(
   return assemble(engine, config, { modules, params, buffers: modules.map(({ router }) => router.buffers) });
 }
 
+/** The same router with other buffers; everything else is inherited, so that any kind of object works. */
+const withBuffers = (router: Router, buffers: Tree): Router =>
+  router.buffers === buffers ? router : Object.create(router, { buffers: { value: buffers, enumerable: true } });
+
 interface Parts {
   readonly modules: readonly MoELayer[];
   readonly params: Tree;
@@ -463,12 +466,16 @@ function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transfo
   };
 
   const step: Transformer["step"] = async (ids, options = {}) => {
+    // Between scopes tensors have no owner: those made here are ours to free, those that came in are not.
+    const foreign = tensorsIn([ownParams, ownBuffers, ids, options]);
     const alive = new Set<Tensor>();
     const keep = <T>(value: T): T => {
-      for (const x of tensorsIn(value)) alive.add(x);
+      for (const x of tensorsIn(value)) if (!foreign.has(x)) alive.add(x);
       return value;
     };
-    const pass = keep(engine.scope(() => begin(ownParams, ids, options)));
+    const pass = engine.scope(() => begin(ownParams, ids, options));
+    const { cos, sin, tokenIds } = pass;
+    keep([cos, sin, tokenIds]);
     const length = pass.cache?.length ?? 0;
     try {
       let x = keep(engine.scope(() => embedded(pass)));
@@ -476,6 +483,7 @@ function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transfo
       for (let layer = 0; layer < layers; layer++) {
         const module = moduleOf(layer);
         const params = branch(ownParams, "layers", layer, "moe");
+        for (const tensor of tensorsIn(pass.cache?.layer(layer)?.router)) foreign.add(tensor);
         const first = keep(
           engine.scope(() => {
             const { residual, input } = attend(pass, layer, x, carry);
@@ -495,7 +503,7 @@ function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transfo
         x = second.x;
         carry = second.routed.carry;
         // What the next layers need stays; the rest of this layer goes now, not at the end of the pass.
-        const needed = tensorsIn([x, carry, pass]);
+        const needed = tensorsIn([x, carry, cos, sin, tokenIds]);
         for (const tensor of alive) {
           if (needed.has(tensor)) continue;
           tensor.dispose();
@@ -520,7 +528,7 @@ function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transfo
     params: ownParams,
     layers,
     vocabulary,
-    routers: modules.map(({ router }, layer) => ({ ...router, buffers: ownBuffers[layer] ?? router.buffers })),
+    routers: modules.map(({ router }, layer) => withBuffers(router, ownBuffers[layer] ?? router.buffers)),
     buffers: ownBuffers,
     forward,
     step,

@@ -2,8 +2,6 @@ import {
   add,
   applyCapacity,
   customGrad,
-  gatherLast,
-  idCounts,
   linear,
   maskPlan,
   mul,
@@ -18,9 +16,7 @@ import {
   switchBalance,
   type Tensor,
   tokenMask,
-  topkIndices,
   type Tree,
-  where,
 } from "@switchyard/core";
 import { describe, expect, it } from "vitest";
 import { routerCases } from "./router-cases.ts";
@@ -79,13 +75,11 @@ testRouter({
 });
 
 describe("the router suite can fail", () => {
-  const names = new Map<string, string>();
-  const failures = async (faults: Faults, k = 2): Promise<string> => {
+  const failures = async (faults: Faults): Promise<string> => {
     const failed: string[] = [];
-    for (const one of routerCases({ plugin: () => plain(k, faults), weights: "sum to 1" })) {
+    for (const one of routerCases({ plugin: ({ k = 2 }) => plain(k, faults), weights: "sum to 1" })) {
       if (one.reason !== undefined) continue;
       await one.run().catch((error: Error) => failed.push(`${one.name}: ${error.message}`));
-      names.set(one.name, "");
     }
     return failed.join("\n");
   };
@@ -107,7 +101,7 @@ describe("the router suite can fail", () => {
   });
   it("weights that do not sum to 1", async () => {
     const found = await failures({ change: (r) => planOf(r, { weights: mul(sparse(r).weights, 1.01) }) });
-    expect(found).toMatch(/weights obey the documented rule: weights \[.*\] do not sum to 1/);
+    expect(found).toMatch(/weights obey the documented rule: weights \[.*\] of row 0 do not sum to 1/);
   });
   it("an undeclared plan kind", async () => {
     const found = await failures({ change: (r) => ({ ...r, plan: { kind: "dense", weights: r.probabilities as Tensor } }) });
@@ -179,10 +173,5 @@ describe("the router suite can fail", () => {
     expect(await failures({ change: twice })).toMatch(/token 0 has one expert twice: \[0, 0\]/);
     const empty = (r: Routed): Routed => planOf(r, { experts: add(mul(sparse(r).experts, 0), -1) });
     expect(await failures({ change: empty })).toMatch(/the empty slot \[0, 0\] has weight/);
-  });
-  it("an answer without what it needs is told apart by names", () => {
-    expect(names.size).toBeGreaterThan(20);
-    // Kept here so that the imports above stay honest about what a router is made of.
-    expect([gatherLast, idCounts, topkIndices, where].every((f) => typeof f === "function")).toBe(true);
   });
 });

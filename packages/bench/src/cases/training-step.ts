@@ -130,22 +130,22 @@ export const trainingStep: Benchmark<LanguageModelCase> = {
       return mean(crossEntropy(logits, fixed.labels).losses);
     };
 
+    const { lr, ...rest } = adamwOptions;
+    const optimiser = adamw({ learningRate: lr, ...rest });
     let step = 0;
     return {
       run() {
         step++;
-        const { weightDecay, beta1, beta2 } = adamwOptions;
-        const corrections = { correction1: 1 - beta1 ** step, correction2: 1 - beta2 ** step };
         const { value, ...next } = engine.scope(() => {
           const { value, grads } = valueAndGrad((params) => [loss(params), []], state.params);
-          const updates = names.map((name) => {
+          const info = { scale: fixed.scale, learningRate: adamwOptions.lr, decay: true, update: step };
+          const updated = names.map((name) => {
             const own = (tree: Params): Tensor => engine.give(tree[name] as Tensor);
-            const inputs = { param: own(state.params), m: own(state.m), v: own(state.v), grad: grads[name] as Tensor };
-            return adamw({ ...inputs, scale: fixed.scale }, { ...adamwOptions, weightDecay, ...corrections });
+            return optimiser.update(own(state.params), grads[name] as Tensor, [own(state.m), own(state.v)], info);
           });
-          const column = (key: "param" | "m" | "v"): Params =>
-            Object.fromEntries(names.map((name, i) => [name, (updates[i] as (typeof updates)[number])[key]]));
-          return { value, params: column("param"), m: column("m"), v: column("v") };
+          const column = (at: number): Params =>
+            Object.fromEntries(names.map((name, i) => [name, updated[i]?.[at] as Tensor]));
+          return { value, params: column(0), m: column(1), v: column(2) };
         });
         state = next;
         return value;

@@ -127,6 +127,7 @@ describe("capacityOf", () => {
     { formula: { tokens: 7, experts: 4, factor: 1.25, round: "down" as const }, expected: 2 },
     { formula: { tokens: 100, experts: 10, factor: 1.1 }, expected: 11 }, // 11.000000000000002 in floating point
     { formula: { tokens: 30, experts: 10, factor: 0.7, round: "down" as const }, expected: 2 },
+    { formula: { tokens: 100, experts: 1, factor: 0.29, round: "down" as const }, expected: 29 }, // 28.999999999999996
     { formula: { tokens: 3, experts: 64, factor: 1, round: "down" as const, minimum: 4 }, expected: 4 },
     { formula: { tokens: 0, experts: 4, factor: 2 }, expected: 0 },
   ])("$formula gives $expected", ({ formula, expected }) => expect(capacityOf(formula)).toBe(expected));

@@ -131,7 +131,7 @@ export function combineOutputs(plan: TokenPlan, outputs: Tensor): Tensor {
       const [experts = 0, capacity = 0] = plan.tokens.shape;
       const own = hostConstant(
         outputs,
-        Int32Array.from({ length: experts }, (_, e) => (e < count ? e : -1)),
+        Int32Array.from({ length: experts }, (_, e) => e),
         [experts, 1],
       );
       const filled = mul(inside(plan.tokens, tokens), inside(own, count));

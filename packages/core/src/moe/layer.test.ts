@@ -498,7 +498,7 @@ describe("what routers may hand over", () => {
     const decided: Partial<Routed> & { plan: Plan } = {
       plan,
       losses: { balance: { value: floats(e, [2], []), weight: 1 } },
-      metrics: { entropy: floats(e, [7], []) },
+      metrics: { untouched: floats(e, [7], []), mine: floats(e, [8], []) },
     };
     const layer: MoELayer = {
       router: fixedRouter(() => decided),
@@ -512,9 +512,9 @@ describe("what routers may hand over", () => {
     close(await value("experts.reconstruction"), [squares(noise(9).slice(0, 6))]);
     // Every shared expert sees every token.
     close(await value("shared.0.reconstruction"), [2 * squares(noise(9))]);
-    expect(await numbers(routed.metrics?.entropy ?? x.tokens)).toEqual([7]);
+    expect(await numbers(routed.metrics?.mine ?? x.tokens)).toEqual([8]);
     expect(await numbers(routed.metrics?.load ?? x.tokens)).toEqual([1, 1]);
-    expect(await numbers(routed.metrics?.untouched ?? x.tokens)).toEqual([1]);
+    expect(await numbers(routed.metrics?.untouched ?? x.tokens)).toEqual([7]);
   });
 
   test("metrics are left out on request; null experts are counted behind the real ones", async () => {

@@ -1,0 +1,64 @@
+// A language model as a task for core's trainer: cross entropy of the next token, padding left out.
+import { crossEntropy, type Pass, reshape, ShapeError, sum, type Task, mul } from "@switchyard/core";
+import type { Transformer } from "./transformer.ts";
+
+/** Sequences on the host, row-major [batch, sequence]. */
+export interface TextBatch {
+  readonly shape: readonly [batch: number, sequence: number];
+  readonly ids: Int32Array;
+  /** The id that each position should predict; -1 where there is none (padding, the prompt of a dialogue). */
+  readonly labels: Int32Array;
+  /** 1 = real token, 0 = padding; absent: all are real. */
+  readonly mask?: Float32Array;
+}
+
+/**
+ * The task of training `model` on batches of text, for `trainer(engine, task, options)`, which takes its parameters and
+ * buffers over: afterwards use `model.with({ params: trainer.params, buffers: trainer.buffers })`.
+ * The loss is the mean over the labelled positions, in nats. `batch(index)` must give the same batch for the same index.
+ */
+export function languageModelTask(
+  model: Transformer,
+  data: { batch(index: number): TextBatch },
+): Task<TextBatch> {
+  const { engine, config } = model;
+  return {
+    params: model.params,
+    routers: model.routers,
+    batch: (index) => checked(data.batch(index), `batch ${index}`, config.vocabulary),
+    forward(params, buffers, batch, info): Pass {
+      const { shape, ids, labels, mask } = batch;
+      const tokens = shape[0] * shape[1];
+      const { microBatch: _, ...options } = info;
+      const { logits, routed } = model.forward(params, engine.tensor(ids, shape), {
+        ...options,
+        buffers,
+        ...(mask ? { mask: engine.tensor(mask, shape) } : {}),
+      });
+      const known = labels.reduce((n, label) => n + (label >= 0 ? 1 : 0), 0);
+      const { losses } = crossEntropy(reshape(logits, [tokens, config.vocabulary]), engine.tensor(labels, [tokens]));
+      return { loss: mul(sum(losses), 1 / Math.max(known, 1)), logits, layers: routed };
+    },
+    info({ shape, labels, mask }) {
+      const tokens = mask ? mask.reduce((n, real) => n + real, 0) : shape[0] * shape[1];
+      return {
+        labels: engine.tensor(labels, shape),
+        ...(mask ? { mask: engine.tensor(mask, shape) } : {}),
+        tokens,
+      };
+    },
+  };
+}
+
+function checked(batch: TextBatch, what: string, vocabulary: number): TextBatch {
+  const { shape, ids, labels, mask } = batch;
+  const tokens = shape[0] * shape[1];
+  if (ids.length !== tokens || labels.length !== tokens || (mask && mask.length !== tokens)) {
+    throw new ShapeError(
+      `${what}: [${shape}] needs ${tokens} ids, labels and mask entries; found ${ids.length}, ${labels.length}, ${mask?.length ?? "none"}`,
+    );
+  }
+  const wrong = ids.find((id) => id < 0 || id >= vocabulary) ?? labels.find((id) => id < -1 || id >= vocabulary);
+  if (wrong !== undefined) throw new ShapeError(`${what}: id ${wrong} is not in a vocabulary of ${vocabulary}`);
+  return batch;
+}
