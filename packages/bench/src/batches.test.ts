@@ -1,6 +1,6 @@
 // Every token once: over epochs of training, and over the held-out windows, for sizes that do not divide.
 import { describe, expect, test } from "vitest";
-import { countedBytes, countedTokens, heldOutWindows, inBatches, spreadOut, tokenStream, trainingBatches } from "./batches.ts";
+import { countedBytes, countedTokens, heldOutWindows, inBatches, spreadOut, type TokenBatch, tokenStream, trainingBatches } from "./batches.ts";
 
 const range = (from: number, to: number): Int32Array => Int32Array.from({ length: to - from }, (_, i) => from + i);
 const separator = 0;
@@ -16,8 +16,9 @@ describe("trainingBatches", () => {
   test("labels are the next tokens, rows go round the domains", () => {
     const batch = trainingBatches(streams, order);
     for (const index of [0, 1, 2, 40, 3]) {
-      const { ids, labels, rows, length } = batch(index);
-      expect([rows, length]).toEqual([5, 7]);
+      const { ids, labels, shape } = batch(index);
+      const [rows, length] = shape;
+      expect(shape).toEqual([5, 7]);
       for (let row = 0; row < rows; row++) {
         expect(Math.floor((ids[row * length] ?? 0) / 1000)).toBe((index * rows + row) % 3);
         for (let i = row * length; i < (row + 1) * length; i++) {
@@ -83,12 +84,12 @@ describe.each([1, 2, 3, 7, 16, 100])("held-out windows of %i", (length) => {
     const batches = inBatches(windows, 4);
     expect(batches.flatMap(({ ids }) => [...ids])).toEqual(windows.flatMap(({ ids }) => [...ids]));
     expect(batches.reduce((sum, batch) => sum + countedTokens(batch), 0)).toBe(59 + 1 + 33);
-    expect(batches.every(({ rows }, i) => rows === 4 || i === batches.length - 1)).toBe(true);
+    expect(batches.every(({ shape }, i) => shape[0] === 4 || i === batches.length - 1)).toBe(true);
   });
 });
 
 test("bytes are those of the counted labels", () => {
-  const batch = { rows: 1, length: 3, ids: Int32Array.of(0, 1, 2), labels: Int32Array.of(-1, 2, 1) };
+  const batch: TokenBatch = { shape: [1, 3], ids: Int32Array.of(0, 1, 2), labels: Int32Array.of(-1, 2, 1) };
   expect(countedBytes(batch, Uint16Array.of(9, 3, 4))).toBe(7);
   expect(countedTokens(batch)).toBe(2);
 });

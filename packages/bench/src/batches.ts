@@ -2,13 +2,12 @@
 import { UnsupportedError } from "@switchyard/core";
 import { hostRandom, shuffled } from "./corpus.ts";
 
-/** Host data of one batch. */
+/** Host data of one batch, both lists row-major. */
 export interface TokenBatch {
-  readonly rows: number;
-  readonly length: number;
-  readonly ids: Int32Array; // [rows, length]
+  readonly shape: readonly [rows: number, length: number];
+  readonly ids: Int32Array;
   /** The next token of each position; -1 is not counted. */
-  readonly labels: Int32Array; // [rows, length]
+  readonly labels: Int32Array;
 }
 
 /** A text in tokens: each block preceded by the separator, so that its first token has something to follow. */
@@ -66,7 +65,7 @@ export function trainingBatches(streams: readonly Int32Array[], order: TrainingO
       ids.set(stream.subarray(from, to), row * length);
       labels.set(stream.subarray(from + 1, to + 1), row * length);
     }
-    return { rows, length, ids, labels };
+    return { shape: [rows, length], ids, labels };
   };
 }
 
@@ -87,7 +86,7 @@ export function heldOutWindows(blocks: readonly Int32Array[], separator: number,
       const labels = new Int32Array(length).fill(-1);
       ids.set(stream.subarray(from, to));
       labels.set(stream.subarray(counted + 1, to + 1), counted - from);
-      windows.push({ rows: 1, length, ids, labels });
+      windows.push({ shape: [1, length], ids, labels });
       counted = to;
     }
     return windows;
@@ -98,14 +97,14 @@ export function heldOutWindows(blocks: readonly Int32Array[], separator: number,
 export function inBatches(windows: readonly TokenBatch[], rows: number): readonly TokenBatch[] {
   return Array.from({ length: Math.ceil(windows.length / rows) }, (_, i) => {
     const part = windows.slice(i * rows, (i + 1) * rows);
-    const length = part[0]?.length ?? 0;
+    const length = part[0]?.shape[1] ?? 0;
     const ids = new Int32Array(part.length * length);
     const labels = new Int32Array(part.length * length);
     for (const [row, window] of part.entries()) {
       ids.set(window.ids, row * length);
       labels.set(window.labels, row * length);
     }
-    return { rows: part.length, length, ids, labels };
+    return { shape: [part.length, length], ids, labels };
   });
 }
 

@@ -71,9 +71,9 @@ function subjectOn(host: Engine, k: number, seed: number, batch: (index: number)
     params,
     routers: [{ params: {}, buffers: {}, route: () => ({ plan: { kind: "dense", weights: params.gate }, losses: {} }) }],
     batch,
-    forward(tree, _, { ids, labels, rows, length }) {
+    forward(tree, _, { ids, labels }) {
       const { table, gate, out } = tree as typeof params;
-      const tokens = rows * length;
+      const tokens = ids.length;
       const hidden = embedding(table, host.tensor(ids, [tokens]));
       const scores = linear(hidden, gate);
       const chosen = topkIndices(scores, k); // [tokens, k]
@@ -247,7 +247,7 @@ test("bits per byte equal the sum written out token by token", async () => {
   const { host, options, prepared } = setup("oracle", 2);
   const [run] = (await compareRouters({ ...options, seeds: [3], sampleTokens: 0 }, prepared)).runs;
   // The same two steps again, then the loss of every held-out byte from the parameters alone.
-  const subject = subjectOn(host, 1, 3, () => ({ rows: 0, length: 0, ids: new Int32Array(0), labels: new Int32Array(0) }), []);
+  const subject = subjectOn(host, 1, 3, () => ({ shape: [0, 0], ids: new Int32Array(0), labels: new Int32Array(0) }), []);
   const trained = await trainedParams(options, prepared);
   const [table, gate, out] = trained;
   if (table === undefined || gate === undefined || out === undefined) throw new Error("three parameters");

@@ -491,7 +491,7 @@ async function writeSamples(
     const { params, buffers } = moment;
     const written = await subject.generate(params, buffers, start, sampleTokens, seed * 1000 + index);
     const ids = Int32Array.of(...start, ...written);
-    const { layers } = await watch(moment, { rows: 1, length: ids.length, ids, labels: new Int32Array(ids.length).fill(-1) });
+    const { layers } = await watch(moment, { shape: [1, ids.length], ids, labels: new Int32Array(ids.length).fill(-1) });
     const tokens = tokenTexts(ids, codec).map((text, token): SampleToken => ({
       text,
       layers: layers.map(({ k, experts, ids: chosen, weights }) => {

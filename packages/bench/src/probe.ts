@@ -71,7 +71,7 @@ export async function watch(moment: Moment, batch: TokenBatch): Promise<Watched>
     };
   });
   try {
-    const tokens = batch.rows * batch.length;
+    const tokens = batch.ids.length;
     const layers: LayerChoices[] = [];
     for (const { ids, weights, probabilities } of kept.layers) {
       const values = Float32Array.from(await read(weights));

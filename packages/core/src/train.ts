@@ -8,6 +8,7 @@ import { add, div, maximum, mul, where } from "./ops/elementwise.ts";
 import type { Optimiser } from "./optim.ts";
 import { type Random, random } from "./random.ts";
 import { constantRate, type Schedule } from "./schedule.ts";
+import { release } from "./scope.ts";
 import {
   encode,
   FORMAT,
@@ -234,8 +235,20 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     step: steps,
     ...(totalSteps === undefined ? {} : { totalSteps }),
   });
+  // The states that hooks had before the current step: kept until it is done, in case it fails.
+  let before: readonly (Tree | undefined)[] = [];
+  /** Calls into a hook. A state that it makes there outlives whatever scopes are open; the one in between is freed. */
+  const within = <R>(hook: TrainingHook, call: () => R): R => {
+    const old = hook.state;
+    try {
+      return call();
+    } finally {
+      for (const [, leaf] of leaves(hook.state ?? [])) release(leaf);
+      replaced([old], [hook.state, ...before]);
+    }
+  };
   const observe: PassInfo["observe"] = (parameter, layer, rows, ends) => {
-    for (const hook of hooks) hook.observe?.(parameter, layer, lower(rows), lower(ends));
+    for (const hook of hooks) within(hook, () => hook.observe?.(parameter, layer, lower(rows), lower(ends)));
   };
   const observing = hooks.some((hook) => hook.observe) ? { observe } : {};
 
@@ -279,7 +292,8 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
       if (!combining) include(out.loss, share, "the task's loss");
       const extra = out.layers.flatMap(({ losses }) => Object.entries(losses));
       for (const hook of hooks) {
-        if (hook.loss) extra.push([hook.name, { value: hook.loss(out.layers, info), weight: 1 }]);
+        const value = within(hook, () => hook.loss?.(out.layers, info));
+        if (value) extra.push([hook.name, { value, weight: 1 }]);
       }
       for (const [name, { value, weight }] of extra) {
         if (weight === 0) continue;
@@ -287,8 +301,8 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
         tally.loss(name, value, weight * share);
       }
     }
-    if (combining?.combine) {
-      const combined = combining.combine(done, info);
+    const combined = combining && within(combining, () => combining.combine?.(done, info));
+    if (combined) {
       include(combined, 1 / accumulate, `what hook "${combining.name}" combined`);
       // Reported as what it adds to the mean of the passes' losses.
       tally.loss(combining.name, combined, 1 / accumulate);
@@ -309,7 +323,7 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     tally: Tally,
   ): { gradients: readonly Tensor[]; active: readonly Parameter[]; vector: Tensor } =>
     engine.scope(() => {
-      const settings = Object.assign({}, ...hooks.map((hook) => hook.beforeStep?.(progress())));
+      const settings = Object.assign({}, ...hooks.map((hook) => within(hook, () => hook.beforeStep?.(progress()))));
       const active = trainable();
       const params = active.map((parameter) => [parameter, watch(recording, parameter.tensor)] as const);
       let gradients: readonly Tensor[] | undefined;
@@ -320,14 +334,16 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
           const globalLoad = tokens && loads?.slice(0, -1).map((load) => div(load, maximum(tokens, 1)));
           const given = { schedule: settings, ...(globalLoad ? { globalLoad } : {}) };
           const results = differentiate(microBatch, params, given, tally);
-          return { ...results, parts: tally.parts, states: hooks.map((hook) => hook.state) };
+          return { ...results, parts: tally.parts };
         });
         gradients = addAll(gradients, found.gradients);
         if (found.loads) loads = addAll(loads, found.loads);
       }
       const final = active.map(({ path, tensor }, i) => {
         let gradient = at(gradients ?? [], i);
-        for (const hook of hooks) gradient = hook.transformGradient?.(path, gradient, progress()) ?? gradient;
+        for (const hook of hooks) {
+          gradient = within(hook, () => hook.transformGradient?.(path, gradient, progress())) ?? gradient;
+        }
         const mask = maskOf(path);
         if (mask) gradient = mul(gradient, mask);
         if (gradient.shape.join() === tensor.shape.join()) return gradient;
@@ -336,7 +352,7 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
         );
       });
       tally.norm(final);
-      return { gradients: final, active, vector: tally.vector(), states: hooks.map((hook) => hook.state) };
+      return { gradients: final, active, vector: tally.vector() };
     });
 
   /** Everything of a step after the transfer. From here on the old parameters are being overwritten. */
@@ -380,7 +396,8 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     usable("step");
     busy = true;
     const started = performance.now();
-    const before = hooks.map((hook) => hook.state);
+    before = hooks.map((hook) => hook.state);
+    let changed = buffers;
     const tally = tallyOf(task.routers.length);
     let gradients: readonly Tensor[] = [];
     try {
@@ -403,7 +420,7 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
         load,
         metrics: at(metrics, layer),
       }));
-      const changed = engine.scope(() =>
+      changed = engine.scope(() =>
         task.routers.map((router, layer) => {
           const old = at(buffers, layer);
           return router.afterStep ? router.afterStep(statistics, old) : old;
@@ -413,7 +430,9 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
       update(found.active, gradients, { gradientNorm, learningRate });
       replaced(buffers, changed);
       buffers = changed;
-      hooks.forEach((hook, i) => void replaced([before[i]], [hook.state]));
+      hooks.forEach((hook, i) => {
+        replaced([before[i]], [hook.state]);
+      });
       const report: StepReport = {
         step: steps,
         loss,
@@ -431,6 +450,7 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
       batches += accumulate;
       return report;
     } catch (error) {
+      replaced(changed, buffers);
       hooks.forEach((hook, i) => {
         replaced([hook.state], [before[i]]);
         setState(hook, before[i]);
@@ -438,6 +458,7 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
       throw error;
     } finally {
       for (const gradient of gradients) gradient.dispose();
+      before = [];
       busy = false;
     }
   };
@@ -571,7 +592,8 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
         }
         if (steps >= end) return "done";
         if (signal?.aborted) return "aborted";
-        await onStep?.(await step());
+        const report = await step();
+        await onStep?.(report);
         if (checkpointEvery && steps % checkpointEvery === 0) await onCheckpoint?.(await snapshot());
         // Awaiting what is already there never reaches the event loop, and a signal handler could not run.
         if (performance.now() - breath > 50) {

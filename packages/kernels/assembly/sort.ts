@@ -116,7 +116,6 @@ class Dispatch {
   ends: usize; // [count]
   rows: usize; // [bound]: token of each position
   slots: usize; // [bound]: slot of each position
-  positions: usize; // [m]: position of each slot, -1 where it has none; or 0
   m: i32;
   count: i32;
   bound: i32;
@@ -153,16 +152,13 @@ export function dispatch(job: Dispatch, from: i32, to: i32, scratch: usize): voi
   memory.fill(job.slots, 0xff, <usize>bound << 2);
   for (let i = 0; i < job.m; i++) {
     const id = load<i32>(job.ids + (<usize>i << 2));
-    let position = -1;
-    if (<u32>id < <u32>job.count) {
-      const end = job.ends + (<usize>id << 2);
-      position = load<i32>(end);
-      store<i32>(end, position + 1);
-      if (position < bound) {
-        store<i32>(job.rows + (<usize>position << 2), i / job.k);
-        store<i32>(job.slots + (<usize>position << 2), i);
-      } else position = -1;
-    }
-    if (job.positions) store<i32>(job.positions + (<usize>i << 2), position);
+    if (<u32>id >= <u32>job.count) continue;
+    const end = job.ends + (<usize>id << 2);
+    const position = load<i32>(end);
+    store<i32>(end, position + 1);
+    if (position >= bound) continue;
+    store<i32>(job.rows + (<usize>position << 2), i / job.k);
+    store<i32>(job.slots + (<usize>position << 2), i);
   }
+  for (let end = job.ends; end < job.ends + (<usize>job.count << 2); end += 4) store<i32>(end, min(load<i32>(end), bound));
 }

@@ -121,7 +121,9 @@ export async function saveFiles(folder: string, files: readonly FileToSave[], op
     }
     const names = new Set(files.map(({ name }) => name));
     const present = new Set(await readdir(folder));
-    const leaving = [...present].filter((name) => names.has(name) || options.isStale?.(name));
+    const stale = [...present].filter((name) => !names.has(name) && options.isStale?.(name));
+    // One file takes the place of its predecessor in one rename; only a set needs them out of the way first.
+    const leaving = files.length === 1 && stale.length === 0 ? [] : [...present].filter((x) => names.has(x)).concat(stale);
     for (const name of leaving.sort((a, b) => Number(b === options.last) - Number(a === options.last))) {
       await rename(join(folder, name), aside(name));
       undo.push(() => rename(aside(name), join(folder, name)));
@@ -129,7 +131,7 @@ export async function saveFiles(folder: string, files: readonly FileToSave[], op
     }
     for (const name of [...names].sort((a, b) => Number(a === options.last) - Number(b === options.last))) {
       await rename(fresh(name), join(folder, name));
-      undo.push(() => rename(join(folder, name), fresh(name)));
+      if (leaving.length > 0 || !present.has(name)) undo.push(() => rename(join(folder, name), fresh(name)));
     }
     await syncFolder(folder);
   } catch (error) {

@@ -1,5 +1,5 @@
 // A language model as a task for core's trainer: cross entropy of the next token, padding left out.
-import { crossEntropy, type Pass, reshape, ShapeError, sum, type Task, mul } from "@switchyard/core";
+import { crossEntropy, mul, type Pass, reshape, ShapeError, sum, type Task } from "@switchyard/core";
 import type { Transformer } from "./transformer.ts";
 
 /** Sequences on the host, row-major [batch, sequence]. */
@@ -35,20 +35,18 @@ export function languageModelTask(
         buffers,
         ...(mask ? { mask: engine.tensor(mask, shape) } : {}),
       });
-      const known = labels.reduce((n, label) => n + (label >= 0 ? 1 : 0), 0);
       const { losses } = crossEntropy(reshape(logits, [tokens, config.vocabulary]), engine.tensor(labels, [tokens]));
-      return { loss: mul(sum(losses), 1 / Math.max(known, 1)), logits, layers: routed };
+      return { loss: mul(sum(losses), 1 / Math.max(labelled(batch), 1)), logits, layers: routed };
     },
-    info({ shape, labels, mask }) {
-      const tokens = mask ? mask.reduce((n, real) => n + real, 0) : shape[0] * shape[1];
-      return {
-        labels: engine.tensor(labels, shape),
-        ...(mask ? { mask: engine.tensor(mask, shape) } : {}),
-        tokens,
-      };
-    },
+    info: (batch) => ({
+      labels: engine.tensor(batch.labels, batch.shape),
+      ...(batch.mask ? { mask: engine.tensor(batch.mask, batch.shape) } : {}),
+      tokens: labelled(batch),
+    }),
   };
 }
+
+const labelled = ({ labels }: TextBatch): number => labels.reduce((n, label) => n + (label >= 0 ? 1 : 0), 0);
 
 function checked(batch: TextBatch, what: string, vocabulary: number): TextBatch {
   const { shape, ids, labels, mask } = batch;

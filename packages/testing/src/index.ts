@@ -5,5 +5,7 @@ export type { BackendCase } from "./cases/case.ts";
 export { type GradientCheckOptions, type GradientReport, gradientCheck, type WorstEntry } from "./gradient-check.ts";
 export type { Skip } from "./skip.ts";
 export { type BackendSuite, testBackend } from "./test-backend.ts";
-export { type RouterCase, type RouterSizes, type RouterSuite, routerCases, type WeightRule } from "./router-cases.ts";
+export type { WeightRule } from "./router-answer.ts";
+export { type RouterCase, type RouterSizes, type RouterSuite, routerCases } from "./router-cases.ts";
+export { type RouterCall, routerContext, routerInput } from "./router-input.ts";
 export { testRouter } from "./test-router.ts";

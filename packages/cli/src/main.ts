@@ -1,0 +1,151 @@
+// The command line: arguments in, exit code out. Errors a user can mend are one line; anything else is a fault of ours and shows its stack.
+import { basename, join } from "node:path";
+import { type Corpus, tableText } from "@switchyard/bench";
+import { CheckpointError, MissingPackageError, ShapeError, UnsupportedError } from "@switchyard/core";
+import { type ArgsDef, type CommandDef, defineCommand, parseArgs, renderUsage } from "citty";
+import { checkArgs } from "./options.ts";
+import { defaultRouters, routerNames } from "./routers.ts";
+import { display, processStreams, type Streams } from "./terminal.ts";
+import { type Outcome, shownPath, train } from "./train.ts";
+
+export interface CommandLine {
+  /** Text for `train` without paths. */
+  readonly corpora?: () => readonly Corpus[];
+  /** What starts `train`, for messages; default "switchyard train". */
+  readonly command?: string;
+  readonly streams?: Streams;
+  /** Ends a training run after its current step, as Ctrl-C does. */
+  readonly signal?: AbortSignal;
+}
+
+const trainArgs = {
+  time: { type: "string", description: "Time for all runs together: 90s, 3m, 1h (default 3m)", valueHint: "TIME" },
+  steps: { type: "string", description: "Steps per run, instead of a time", valueHint: "N" },
+  size: { type: "string", description: "tiny, small or base (default small)", valueHint: "SIZE" },
+  router: {
+    type: "string",
+    description: `Routers, separated by commas, options after colons: topK:k=1,reMoE (default ${defaultRouters.join(",")}; known: ${routerNames.join(", ")})`,
+    valueHint: "A,B,C",
+  },
+  backend: { type: "string", description: "wasm or cpu, the slow reference (default wasm)", valueHint: "NAME" },
+  threads: { type: "string", description: "Threads of the wasm backend (default: what the machine has)", valueHint: "N" },
+  seed: { type: "string", description: "Seed of text, weights and batches (default 1)", valueHint: "N" },
+  seeds: { type: "string", description: "Runs per router, with seeds counted up; gives intervals (default 1)", valueHint: "N" },
+  out: { type: "string", description: "Folder for runs (default runs)", valueHint: "DIR" },
+  name: { type: "string", description: "Name of this run (default: date and time)", valueHint: "NAME" },
+  resume: { type: "string", description: "Continue an interrupted run with its own settings", valueHint: "DIR" },
+  json: { type: "boolean", description: "Print results.json instead of the table" },
+} as const satisfies ArgsDef;
+
+const trainCommand: CommandDef = defineCommand({
+  meta: { name: "switchyard train", description: "Train small Mixture-of-Experts language models on text and compare their routers" },
+  args: { paths: { type: "positional", description: "Text files or folders, each one domain", required: false }, ...trainArgs },
+});
+
+const overview = `switchyard: Mixture-of-Experts in TypeScript
+
+  switchyard train PATH...   train small language models on text and compare their routers
+
+Each command explains itself with --help.
+`;
+
+const example = `
+EXAMPLE
+
+  switchyard train novel.txt speeches/ --router topK,reMoE:k=1 --time 5m
+  switchyard train --resume runs/2026-01-02-0304
+`;
+
+/** Runs a command. Answers the exit code: 0, 1 for an error, 130 after Ctrl-C. */
+export async function main(argv: readonly string[], options: CommandLine = {}): Promise<number> {
+  const streams = options.streams ?? processStreams();
+  const [command, ...rest] = argv;
+  try {
+    if (command === undefined || command === "--help" || command === "help") {
+      streams.out(overview);
+      return 0;
+    }
+    if (command !== "train") throw new UnsupportedError(`unknown command "${command}"; the commands are train and help`);
+    return await trainFrom(rest, options, streams);
+  } catch (error) {
+    streams.error(`${errorText(error)}\n`);
+    return 1;
+  }
+}
+
+const ours = [ShapeError, UnsupportedError, CheckpointError, MissingPackageError];
+
+function errorText(error: unknown): string {
+  if (!(error instanceof Error)) return `switchyard: ${String(error)}`;
+  // TypeError and its like are faults of the program; a plain Error or one of ours says what to do.
+  const explained = ours.some((kind) => kind.isInstance(error)) || error.constructor === Error;
+  return explained ? `switchyard: ${error.message}` : `switchyard: unexpected ${error.stack ?? error.message}`;
+}
+
+async function trainFrom(rest: readonly string[], options: CommandLine, streams: Streams): Promise<number> {
+  const { command = "switchyard train" } = options;
+  if (rest.includes("--help") || rest.includes("-h")) {
+    const usage = await renderUsage(trainCommand);
+    streams.out(`${usage}\n${example.replaceAll("switchyard train", command)}`);
+    return 0;
+  }
+  const { _: paths, ...given } = parseArgs<typeof trainArgs>([...rest], trainArgs);
+  const unknown = Object.keys(given).find((name) => !(name in trainArgs));
+  if (unknown !== undefined) {
+    const known = Object.keys(trainArgs).map((name) => `--${name}`);
+    throw new UnsupportedError(`unknown option --${unknown}; the options are ${known.join(", ")}`);
+  }
+  const args = checkArgs(given);
+  if (args.resume !== undefined) {
+    const kept = ["time", "steps", "size", "router", "backend", "seed", "seeds", "out", "name"].filter((name) => given[name] !== undefined);
+    if (kept.length > 0) throw new UnsupportedError(`--resume keeps the run's own settings; leave out --${kept.join(", --")}`);
+  }
+  const control = new AbortController();
+  const screen = display(streams);
+  const interrupt = (): void => {
+    if (control.signal.aborted) process.exit(130);
+    control.abort();
+    screen.note("Finishing this step, then saving. Ctrl-C again ends at once.");
+  };
+  process.on("SIGINT", interrupt);
+  const forward = (): void => control.abort();
+  options.signal?.addEventListener("abort", forward);
+  if (options.signal?.aborted) forward();
+  try {
+    const outcome = await train(args, paths, {
+      ...(options.corpora === undefined ? {} : { corpora: options.corpora }),
+      command,
+      display: screen,
+      signal: control.signal,
+    });
+    return report(outcome, args.json, command, streams);
+  } finally {
+    screen.end();
+    process.off("SIGINT", interrupt);
+    options.signal?.removeEventListener("abort", forward);
+  }
+}
+
+function report({ status, folder, results }: Outcome, json: boolean, command: string, streams: Streams): number {
+  const where = shownPath(folder);
+  if (status === "stopped" || results === undefined) {
+    streams.error("Stopped before training began; nothing to save.\n");
+    return 130;
+  }
+  if (json) streams.out(`${JSON.stringify(results)}\n`);
+  else if (results.runs.length > 0) {
+    const [run] = results.runs;
+    const sample = run?.samples[0];
+    streams.out(`\n${tableText(results.summary, results.baselines)}\n`);
+    if (run !== undefined && sample !== undefined) {
+      const known = Math.round(100 * sample.knownWords);
+      streams.out(`\n${run.router} writes (${known} % of the words occur in the training text):\n\n${sample.prompt}${sample.text}\n`);
+    }
+  }
+  if (status === "interrupted") {
+    streams.error(`\nSaved. Continue with: ${command} --resume ${where}\n`);
+    return 130;
+  }
+  if (!json) streams.out(`\nReport: ${join(where, "report.html")}\nModels: ${results.runs.map(({ model }) => join(where, basename(model))).join(", ")}\n`);
+  return 0;
+}

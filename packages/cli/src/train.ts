@@ -1,0 +1,375 @@
+// The job behind `switchyard train`: text, tokenizer, yardsticks, one run per router and seed, table, report. It only wires packages together.
+import { createHash } from "node:crypto";
+import { existsSync, readdirSync, rmdirSync } from "node:fs";
+import { createRequire } from "node:module";
+import { availableParallelism, cpus, totalmem } from "node:os";
+import { basename, join, relative, resolve } from "node:path";
+import {
+  type Baseline,
+  byteModel,
+  byteModelBits,
+  type Codec,
+  type Contender,
+  type Corpus,
+  compareRouters,
+  type Domain,
+  domainRecords,
+  measureSpeed,
+  parseJson,
+  parseResults,
+  prepare,
+  type Results,
+  type RunResult,
+  readCorpus,
+  readText,
+  renderReport,
+  splitCorpora,
+  stepsThatFit,
+  summarise,
+  type TrainingSettings,
+  writableFolder,
+  writeWhole,
+} from "@switchyard/bench";
+import { adamw, type Backend, cosineDecay, type Engine, engine, random, UnsupportedError, warmUp } from "@switchyard/core";
+import {
+  generate,
+  languageModelTask,
+  parameterCounts,
+  saveModel,
+  type Tokenizer,
+  tokenizer,
+  trainTokenizer,
+  transformer,
+} from "@switchyard/models";
+import { type RunFile, type RunSettings, runFileSchema, type TrainArgs } from "./options.ts";
+import { expertSizes, type NamedRouter, routersFrom } from "./routers.ts";
+import { type Size, sizes } from "./sizes.ts";
+import type { Display } from "./terminal.ts";
+
+export interface TrainContext {
+  /** Text to take when no path is given. */
+  readonly corpora?: () => readonly Corpus[];
+  /** How the user started this, for the line that says how to resume: "switchyard train". */
+  readonly command: string;
+  readonly display: Display;
+  readonly signal: AbortSignal;
+}
+
+export interface Outcome {
+  /** "stopped": before anything could be saved. */
+  readonly status: "complete" | "interrupted" | "stopped";
+  readonly folder: string;
+  readonly results?: Results;
+}
+
+const require = createRequire(import.meta.url);
+
+function versions(): Record<string, string> {
+  const packages = ["core", "routers", "kernels", "models", "bench"].map((name) => `@switchyard/${name}`);
+  const version = (name: string): string => (require(`${name}/package.json`) as { version: string }).version;
+  return { node: process.versions.node, ...Object.fromEntries(packages.map((name) => [name, version(name)])) };
+}
+
+function machine(): Record<string, string | number> {
+  return {
+    processor: cpus()[0]?.model.trim() ?? "unknown",
+    cores: availableParallelism(),
+    memoryGiB: Math.round(totalmem() / 2 ** 30),
+    system: `${process.platform} ${process.arch}`,
+  };
+}
+
+/** One hash over the text as it was split: a resumed run must see the same. */
+function fingerprint(domains: readonly Domain[]): string {
+  const hash = createHash("sha256");
+  for (const { name, training, validation } of domains) {
+    hash.update(JSON.stringify([name, training.length, validation.length]));
+    for (const block of [...training, ...validation]) hash.update(block);
+  }
+  return hash.digest("hex");
+}
+
+const runFileName = "run.json";
+
+/** Where the run lives and what it was told, from the command line or from the run that is resumed. */
+function plan(args: TrainArgs, paths: readonly string[], now: Date): { folder: string; settings: RunSettings; earlier?: RunFile } {
+  if (args.resume !== undefined) {
+    const folder = args.resume;
+    const file = join(folder, runFileName);
+    if (!existsSync(file)) {
+      const found = existsSync(folder) ? `${folder} holds no ${runFileName}` : `there is no folder ${folder}`;
+      throw new UnsupportedError(`--resume: ${found}; give the folder of a run, such as runs/${defaultName(now)}`);
+    }
+    const earlier = parseJson(runFileSchema, readText(file), file);
+    if (paths.length > 0) {
+      const own = earlier.settings.paths?.join(" ") ?? "the text that came with the program";
+      throw new UnsupportedError(`--resume takes the run's own text (${own}); leave out ${paths.join(" ")}`);
+    }
+    return { folder, settings: earlier.settings, earlier };
+  }
+  const folder = join(args.out, args.name ?? defaultName(now));
+  if (existsSync(folder) && readdirSync(folder).length > 0) {
+    throw new UnsupportedError(`${folder} is not empty; choose another --name, or continue that run with --resume ${folder}`);
+  }
+  const { size, router: routers, backend, seed, seeds } = args;
+  const where = paths.length === 0 ? {} : { paths: paths.map((path) => resolve(path)) };
+  return { folder, settings: { ...where, size, routers, backend, seed, seeds } };
+}
+
+/** "2026-01-02-0304": when it began, in local time. */
+function defaultName(now: Date): string {
+  const two = (x: number): string => String(x).padStart(2, "0");
+  return `${now.getFullYear()}-${two(now.getMonth() + 1)}-${two(now.getDate())}-${two(now.getHours())}${two(now.getMinutes())}`;
+}
+
+async function openBackend(name: "wasm" | "cpu", threads: number | undefined): Promise<Engine & { close(): void }> {
+  const open = <H>(backend: Backend<H>): Engine & { close(): void } =>
+    Object.assign(engine(backend), { close: () => backend.dispose?.() });
+  if (name === "wasm") {
+    const { wasm } = await import("@switchyard/kernels/wasm");
+    return open(await wasm(threads === undefined ? {} : { threads }));
+  }
+  if (threads !== undefined && threads > 1) throw new UnsupportedError("--threads: the cpu backend runs on one thread; use --backend wasm");
+  const { cpu } = await import("@switchyard/core/cpu");
+  return open(cpu());
+}
+
+function trainingOf(size: Size): TrainingSettings {
+  const { rows, length, learningRate, weightDecay, warmUp: share } = size;
+  return {
+    rows,
+    length,
+    clip: 1,
+    optimiser: () => adamw({ learningRate, weightDecay, beta1: 0.9, beta2: 0.98 }),
+    schedule: (totalSteps) => warmUp(Math.max(1, Math.round(share * totalSteps)), cosineDecay({ final: 0.02 })),
+  };
+}
+
+function contenderOf(host: Engine, { label, plugin }: NamedRouter, size: Size, text: Tokenizer): Contender {
+  const sized = expertSizes(plugin, size);
+  const config = {
+    vocabulary: text.vocabulary,
+    width: size.width,
+    layers: size.layers,
+    heads: size.heads,
+    kvHeads: size.kvHeads,
+    experts: sized.experts,
+    hidden: sized.expertWidth,
+    router: plugin,
+    context: 2 * size.length,
+    tieEmbeddings: size.tieEmbeddings,
+  };
+  const { total, active } = parameterCounts(config);
+  return {
+    name: label,
+    ...sized,
+    subject(seed, batch) {
+      const model = transformer(host, config, random(host, seed));
+      return {
+        task: languageModelTask(model, { batch }),
+        parameters: { total, active: Math.round(active) },
+        async generate(params, buffers, prompt, count, start) {
+          const ids: number[] = [];
+          const written = generate(model.with({ params, buffers }), { prompt, maxNew: count, seed: start, temperature: 0.7, topP: 0.9 });
+          for await (const { id } of written) ids.push(id);
+          return Int32Array.from(ids);
+        },
+        save: (params, buffers, folder) => saveModel(model.with({ params, buffers }), { folder, tokenizer: text }),
+      };
+    },
+  };
+}
+
+function codecOf(text: Tokenizer): Codec {
+  const [separator = 0] = text.special.values();
+  return { vocabulary: text.vocabulary, separator, encode: (part) => text.encode(part), bytes: (ids) => text.bytes(ids) };
+}
+
+function baselinesOf(domains: readonly Domain[]): readonly Baseline[] {
+  const model = byteModel(
+    domains.flatMap(({ training }) => training),
+    3,
+  );
+  return [2, 3].map((order) => {
+    const perDomain = domains.map(({ validation }) => Number(byteModelBits(model, validation, order).toFixed(5)));
+    const bitsPerByte = Number((perDomain.reduce((sum, x) => sum + x, 0) / perDomain.length).toFixed(5));
+    return { name: `order-${order} bytes`, order, bitsPerByte, perDomain };
+  });
+}
+
+/** Trains, measures, saves; everything it leaves lies in the run's folder. @throws the packages' errors, each one clear line. */
+export async function train(args: TrainArgs, paths: readonly string[], context: TrainContext): Promise<Outcome> {
+  const started = performance.now();
+  const { folder, settings, earlier } = plan(args, paths, new Date());
+  const routers = routersFrom(settings.routers);
+  const size: Size = sizes[settings.size];
+  for (const { plugin } of routers) expertSizes(plugin, size);
+  const corpora = corporaOf(settings, context);
+  const domains = splitCorpora(corpora, { seed: settings.seed });
+  const text = fingerprint(domains);
+  if (earlier !== undefined && earlier.text !== text) {
+    throw new UnsupportedError(`--resume: the text has changed since ${folder} was started; start a new run`);
+  }
+  const fresh = !existsSync(folder);
+  writableFolder(folder);
+  try {
+    return await inFolder(args, context, { folder, settings, routers, size, corpora, domains, text, started, ...(earlier ? { earlier } : {}) });
+  } finally {
+    // A folder made for a run that never began is not left behind.
+    if (fresh && readdirSync(folder).length === 0) rmdirSync(folder);
+  }
+}
+
+function corporaOf({ paths }: RunSettings, { corpora, command }: TrainContext): readonly Corpus[] {
+  if (paths !== undefined) return paths.map((path) => readCorpus(path));
+  const given = corpora?.();
+  if (given !== undefined) return given;
+  throw new UnsupportedError(`no text: give files or folders, for example ${command} novel.txt speeches/`);
+}
+
+interface Job {
+  readonly folder: string;
+  readonly settings: RunSettings;
+  readonly routers: readonly NamedRouter[];
+  readonly size: Size;
+  readonly corpora: readonly Corpus[];
+  readonly domains: readonly Domain[];
+  readonly text: string;
+  readonly earlier?: RunFile;
+  /** On the clock of performance.now(). */
+  readonly started: number;
+}
+
+async function inFolder(args: TrainArgs, context: TrainContext, job: Job): Promise<Outcome> {
+  const { folder, settings, routers, size, corpora, domains, earlier, started } = job;
+  const { display, signal } = context;
+  const elapsed = (): number => (earlier?.seconds ?? 0) + (performance.now() - started) / 1000;
+  const done = earlier === undefined ? [] : finishedRuns(folder);
+  const seeds = Array.from({ length: settings.seeds }, (_, i) => settings.seed + i);
+  display.note(describe(job));
+
+  const baselines = baselinesOf(domains);
+  const files = await trainTokenizer(
+    domains.flatMap(({ training }) => training.map((block) => new TextDecoder().decode(block))),
+    { vocabulary: size.vocabulary },
+  );
+  const words = tokenizer(files);
+  const training = trainingOf(size);
+  const prepared = prepare(domains, codecOf(words), training);
+  if (signal.aborted) return { status: "stopped", folder };
+
+  const host = await openBackend(settings.backend, args.threads);
+  try {
+    const contenders = routers.map((router) => contenderOf(host, router, size, words));
+    const created = earlier?.created ?? new Date().toISOString();
+    let steps = earlier?.steps ?? args.steps;
+    if (steps === undefined) {
+      display.note("Measuring the speed of each router ...");
+      const speeds = await measureSpeed({ engine: host, contenders, training, signal }, prepared);
+      if (signal.aborted) return { status: "stopped", folder };
+      steps = stepsThatFit(args.time - elapsed(), speeds, seeds.length, prepared);
+    }
+    display.note(`${routers.length * seeds.length} runs of ${steps} steps, ${size.rows} x ${size.length} tokens each`);
+    const runFile = (): RunFile => ({
+      schema: "switchyard/run/1",
+      name: basename(resolve(folder)),
+      created,
+      settings,
+      steps: steps ?? 0,
+      text: job.text,
+      seconds: elapsed(),
+    });
+    const write = (runs: readonly RunResult[], complete: boolean): Results => {
+      const results: Results = {
+        schema: "switchyard/results/1",
+        name: basename(resolve(folder)),
+        created,
+        complete,
+        seconds: Number(elapsed().toFixed(1)),
+        versions: versions(),
+        machine: machine(),
+        settings: settingsRecord(job, steps ?? 0, seeds, host.name, words.vocabulary, args.threads),
+        domains: domainRecords(domains, corpora.map(({ files: count }) => count)),
+        baselines,
+        runs,
+        summary: summarise(runs),
+      };
+      writeWhole(join(folder, "results.json"), [`${JSON.stringify(results)}\n`]);
+      writeWhole(join(folder, "report.html"), [renderReport(results)]);
+      writeWhole(join(folder, runFileName), [`${JSON.stringify(runFile(), null, 2)}\n`]);
+      return results;
+    };
+    const finished: RunResult[] = [...done];
+    writeWhole(join(folder, runFileName), [`${JSON.stringify(runFile(), null, 2)}\n`]);
+    const { status, runs } = await compareRouters(
+      {
+        engine: host,
+        contenders,
+        seeds,
+        domains,
+        codec: codecOf(words),
+        training,
+        steps,
+        sampleTokens: Math.min(100, size.length),
+        folder,
+        signal,
+        done,
+        onStep: (progress) => display.step(progress),
+        onRun: (run) => {
+          display.run(run);
+          finished.push(run);
+          write(finished, false);
+        },
+      },
+      prepared,
+    );
+    return { status, folder, results: write(runs, status === "complete") };
+  } finally {
+    display.end();
+    host.close();
+  }
+}
+
+/** Runs that an earlier session finished. */
+function finishedRuns(folder: string): readonly RunResult[] {
+  const file = join(folder, "results.json");
+  return existsSync(file) ? parseResults(readText(file), file).runs : [];
+}
+
+function describe({ corpora, domains, routers, settings }: Job): string {
+  const parts = domains.map(({ name, training, validation }, i) => {
+    const bytes = [...training, ...validation].reduce((sum, block) => sum + block.length, 0);
+    const skipped = corpora[i]?.skipped ?? 0;
+    return `${name} ${(bytes / 1e6).toFixed(2)} MB${skipped > 0 ? ` (${skipped} files without text passed over)` : ""}`;
+  });
+  return `Text: ${parts.join(", ")}\nRouters: ${routers.map(({ label }) => label).join(", ")}; size ${settings.size}`;
+}
+
+function settingsRecord(
+  { settings, size, routers }: Job,
+  steps: number,
+  seeds: readonly number[],
+  backend: string,
+  vocabulary: number,
+  threads: number | undefined,
+): Results["settings"] {
+  const { rows, length, width, layers, heads, kvHeads, learningRate, weightDecay, warmUp: share } = size;
+  return {
+    size: settings.size,
+    routers: routers.map(({ label }) => label),
+    seeds,
+    steps,
+    batch: `${rows} x ${length} tokens`,
+    model: `width ${width}, ${layers} layers, ${heads} heads (${kvHeads} for keys and values), vocabulary ${vocabulary}`,
+    experts: `${size.experts} of ${size.expertWidth} at two per token, others at equal active parameters`,
+    optimiser: `AdamW, learning rate ${learningRate}, weight decay ${weightDecay}, betas 0.9 and 0.98, clipped at 1`,
+    schedule: `${100 * share} % warm-up, then a cosine to 2 %`,
+    sampling: "temperature 0.7, top-p 0.9",
+    backend,
+    ...(threads === undefined ? {} : { threads }),
+    text: settings.paths ?? "built in",
+  };
+}
+
+/** The folder as the user would type it. */
+export const shownPath = (folder: string): string => relative(process.cwd(), resolve(folder)) || ".";

@@ -1,0 +1,122 @@
+// What several routers share: initial weights, checks of options, the usual losses, and the record a router's README row is made of.
+// Private: only the type of the card leaves the package.
+import {
+  isTensor,
+  type Loss,
+  type Need,
+  type Plan,
+  type RouterContext,
+  type RouterInput,
+  ShapeError,
+  switchBalance,
+  type Tensor,
+  type Tree,
+  tokenMask,
+  zLoss,
+} from "@switchyard/core";
+
+/** A router as plain data: its row in the README and what a reader asks first. */
+export interface RouterCard {
+  /** The name of the factory: `topK`. */
+  readonly name: string;
+  readonly title: string;
+  /** arXiv id. */
+  readonly paper: string;
+  /** Numbers, in the paper, of the equations implemented. */
+  readonly equations: string;
+  readonly needs: readonly Need[];
+  /** "yes", "no", or in which phase. */
+  readonly causal: string;
+  readonly plans: readonly Plan["kind"][];
+  /** Parameters and buffers added per layer. */
+  readonly params: string;
+  /** Per token, beside the experts that run. */
+  readonly cost: string;
+  /** What the paper reports. */
+  readonly claim: string;
+  /** Where the paper leaves something open, or this package departs from it. */
+  readonly ourChoices: readonly string[];
+}
+
+/** `weight [experts, width]`, N(0, deviation²); 0.02 is where Mixtral, OLMoE and Qwen start. */
+export function normalWeight({ engine, experts, width, random }: RouterContext, deviation = 0.02): Tensor {
+  const draws = random.at("weight").host("normal", experts * width);
+  return engine.tensor(
+    draws.map((z) => z * deviation),
+    [experts, width],
+  );
+}
+
+/**
+ * `weight [experts, width]`, normal with variance scale / width and cut at two standard deviations: what falls outside is drawn again
+ * (Switch Transformer 2101.03961, section 2.4, with scale 0.1).
+ */
+export function truncatedWeight({ engine, experts, width, random }: RouterContext, scale: number): Tensor {
+  const draws = random.at("weight").host("normal", experts * width);
+  for (let round = 0; draws.some((z) => Math.abs(z) > 2); round++) {
+    const again = random.at("weight", round).host("normal", draws.length);
+    for (const [i, z] of draws.entries()) if (Math.abs(z) > 2) draws[i] = again[i] ?? 0;
+  }
+  const deviation = Math.sqrt(scale / width);
+  return engine.tensor(
+    draws.map((z) => z * deviation),
+    [experts, width],
+  );
+}
+
+/** The tensor of that name among a router's parameters or buffers. */
+export function leaf(tree: Tree, name: string): Tensor {
+  const found = isTensor(tree) ? undefined : Object.entries(tree).find(([key]) => key === name)?.[1];
+  if (found === undefined || !isTensor(found)) {
+    const names = isTensor(tree) ? "a single tensor" : Object.keys(tree).join(", ") || "nothing";
+    throw new ShapeError(`router: there is no tensor "${name}", found ${names}; pass the tree that init() made`);
+  }
+  return found;
+}
+
+/** Throws ShapeError unless 1 <= k <= experts, a whole number. */
+export function checkK(router: string, k: number, experts: number): void {
+  if (!Number.isInteger(k) || k < 1 || k > experts) {
+    throw new ShapeError(`${router}: k = ${k} of ${experts} experts; expected a whole number from 1 to ${experts}`);
+  }
+}
+
+/** Throws ShapeError unless every value is a finite number from 0. */
+export function checkNotNegative(router: string, options: Readonly<Record<string, number>>): void {
+  for (const [name, value] of Object.entries(options)) {
+    if (!(value >= 0) || !Number.isFinite(value)) {
+      throw new ShapeError(`${router}: ${name} = ${value}; expected a finite number from 0`);
+    }
+  }
+}
+
+/** The mask of the tokens as options take it: `{ mask }`, or nothing when all are real. */
+export function maskOf(input: RouterInput): { readonly mask?: Tensor } {
+  const mask = tokenMask(input.layout);
+  return mask ? { mask } : {};
+}
+
+export interface UsualLosses {
+  readonly logits: Tensor;
+  /** `[tokens, experts]`, rows that sum to 1. */
+  readonly probabilities: Tensor;
+  /** i32 `[tokens, k]`, before any dropping. */
+  readonly experts: Tensor;
+  readonly balance: number;
+  readonly zLoss: number;
+  readonly normalizeByK?: boolean;
+}
+/** Balance loss in the Switch form and z-loss, each only in training and where its weight is not 0; padding enters neither. */
+export function usualLosses(input: RouterInput, options: UsualLosses): Readonly<Record<string, Loss>> {
+  if (!input.training) return {};
+  const { logits, probabilities, experts, normalizeByK = false } = options;
+  const masked = maskOf(input);
+  const losses: Record<string, Loss> = {};
+  if (options.balance !== 0) {
+    const load = input.globalLoad ? { load: input.globalLoad } : {};
+    const value = switchBalance({ probabilities, experts, normalizeByK, ...masked, ...load });
+    losses.balance = { value, weight: options.balance };
+  }
+  if (options.zLoss !== 0) losses.zLoss = { value: zLoss(logits, masked.mask), weight: options.zLoss };
+  return losses;
+}
