@@ -40,7 +40,7 @@ function check(name: string, task: string, good: boolean): void {
 async function runTasks(): Promise<void> {
   const summaries = join(reports, "runs");
   rmSync(summaries, { recursive: true, force: true });
-  const code = await turbo(node, [...tasks, "--continue", "--summarize", "--output-logs=errors-only"]);
+  const code = await turbo(node, [...tasks, "--continue=dependencies-successful", "--summarize", "--output-logs=errors-only"]);
   const [file] = existsSync(summaries) ? readdirSync(summaries) : [];
   if (!file) return check("all packages", "turbo", false);
   const summary: Summary = JSON.parse(readFileSync(join(summaries, file), "utf8"));
@@ -79,7 +79,7 @@ async function runSuites(): Promise<void> {
   const code = await run(node, [
     join(root, "node_modules", "vitest", "vitest.mjs"),
     "run",
-    "--reporter=dot",
+    "--reporter=default",
     "--reporter=json",
     `--outputFile.json=${file}`,
   ]);

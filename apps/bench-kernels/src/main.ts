@@ -105,7 +105,8 @@ async function main(): Promise<void> {
   }
   if (values.json) {
     const versions = peers.map(({ name, version, threads: used }) => ({ name, version, threads: used }));
-    console.log(JSON.stringify({ machine, threads, quick: values.quick, date: new Date().toISOString(), peers: versions, tables }, null, 2));
+    const report = { machine, threads, quick: values.quick, date: new Date().toISOString(), peers: versions, tables };
+    await new Promise((written) => process.stdout.write(`${JSON.stringify(report, null, 2)}\n`, written));
   }
 }
 

@@ -2,7 +2,7 @@
 import { basename, join } from "node:path";
 import { type Corpus, tableText } from "@switchyard/bench";
 import { CheckpointError, MissingPackageError, ShapeError, UnsupportedError } from "@switchyard/core";
-import { type ArgsDef, type CommandDef, defineCommand, parseArgs, renderUsage } from "citty";
+import { type ArgsDef, defineCommand, parseArgs, renderUsage } from "citty";
 import { checkArgs } from "./options.ts";
 import { defaultRouters, routerNames } from "./routers.ts";
 import { display, processStreams, type Streams } from "./terminal.ts";
@@ -37,7 +37,7 @@ const trainArgs = {
   json: { type: "boolean", description: "Print results.json instead of the table" },
 } as const satisfies ArgsDef;
 
-const trainCommand: CommandDef = defineCommand({
+const trainCommand = defineCommand({
   meta: { name: "switchyard train", description: "Train small Mixture-of-Experts language models on text and compare their routers" },
   args: { paths: { type: "positional", description: "Text files or folders, each one domain", required: false }, ...trainArgs },
 });

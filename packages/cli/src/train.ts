@@ -158,6 +158,7 @@ function contenderOf(host: Engine, { label, plugin }: NamedRouter, size: Size, t
     router: plugin,
     context: 2 * size.length,
     tieEmbeddings: size.tieEmbeddings,
+    qkNorm: "projection" as const, // as OLMoE has it, so that a top-k model can be saved in its layout
   };
   const { total, active } = parameterCounts(config);
   return {
@@ -174,7 +175,9 @@ function contenderOf(host: Engine, { label, plugin }: NamedRouter, size: Size, t
           for await (const { id } of written) ids.push(id);
           return Int32Array.from(ids);
         },
-        save: (params, buffers, folder) => saveModel(model.with({ params, buffers }), { folder, tokenizer: text }),
+        async save(params, buffers, folder) {
+          await saveModel(model.with({ params, buffers }), folder, { tokenizer: text });
+        },
       };
     },
   };

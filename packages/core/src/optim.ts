@@ -1,4 +1,5 @@
-// The optimisers the trainer takes: options bound to the fused op that updates one parameter (the formulas are in ops/optimiser.ts).
+// The optimisers the trainer takes: options bound to the fused op that updates one parameter (the formulas are in
+// ops/optimiser.ts).
 import { ShapeError } from "./errors.ts";
 import { run } from "./op.ts";
 import { adamwOp, sgdOp } from "./ops/optimiser.ts";
@@ -70,8 +71,9 @@ export interface SgdOptions {
 }
 
 /**
- * SGD with momentum: g' = g + decay p, v' = momentum v + g', p' = p - lr v' (nesterov: g' + momentum v' in place of v'). With
- * SGD decay and an L2 loss are one thing, so it enters through the gradient, after clipping. Throws ShapeError for options out of range.
+ * SGD with momentum: g' = g + decay p, v' = momentum v + g', p' = p - lr v' (nesterov: g' + momentum v' in place of
+ * v'). With SGD decay and an L2 loss are one thing, so it enters through the gradient, after clipping. Throws
+ * ShapeError for options out of range.
  */
 export function sgd({
   learningRate = 0.01,

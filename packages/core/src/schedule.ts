@@ -1,7 +1,11 @@
-// Learning-rate schedules: pure functions from the step to a factor of the optimiser's learning rate. They compose: warmUp(100, cosineDecay()).
+// Learning-rate schedules: pure functions from the step to a factor of the optimiser's learning rate. They compose:
+// warmUp(100, cosineDecay()).
 import { ShapeError } from "./errors.ts";
 
-/** `step` counts from 0. `totalSteps` is Infinity while the number of steps is not fixed; every schedule here is then at its plateau. */
+/**
+ * `step` counts from 0. `totalSteps` is Infinity while the number of steps is not fixed; every schedule here is then
+ * at its plateau.
+ */
 export type Schedule = (step: number, totalSteps: number) => number;
 
 /** Always 1. */
@@ -21,7 +25,10 @@ export function linearDecay({ final = 0 }: { final?: number } = {}): Schedule {
   return (step, totalSteps) => 1 - (1 - final) * progress(step, totalSteps);
 }
 
-/** From 1 at the first step down to `final` at totalSteps along half a cosine (1608.03983, equation 5, without restarts). */
+/**
+ * From 1 at the first step down to `final` at totalSteps along half a cosine (1608.03983, equation 5, without
+ * restarts).
+ */
 export function cosineDecay({ final = 0 }: { final?: number } = {}): Schedule {
   checkFraction("cosineDecay", "final", final);
   return (step, totalSteps) => final + ((1 - final) * (1 + Math.cos(Math.PI * progress(step, totalSteps)))) / 2;
@@ -50,7 +57,10 @@ export function wsd({
   };
 }
 
-/** Rises in a straight line over the first `steps` steps, (step + 1) / steps, then runs `after` over the steps that remain. */
+/**
+ * Rises in a straight line over the first `steps` steps, (step + 1) / steps, then runs `after` over the steps that
+ * remain.
+ */
 export function warmUp(steps: number, after: Schedule = constantRate()): Schedule {
   if (!(Number.isInteger(steps) && steps >= 0)) {
     throw new ShapeError(`warmUp: needs a whole number of steps from 0 up, found ${steps}`);

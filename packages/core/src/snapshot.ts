@@ -1,11 +1,15 @@
-// What a training run is saved as: arrays, and JSON that keeps every number of the reports. Reading it back says what does not fit.
+// What a training run is saved as: arrays, and JSON that keeps every number of the reports. Reading it back says what
+// does not fit.
 import type { DType, TypedArray } from "./backend.ts";
 import { CheckpointError } from "./errors.ts";
 import { isTensor, type Tensor, type Tree } from "./tensor.ts";
 
 export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
 
-/** Everything needed to resume, on the host; writing it to disk is the caller's business. `json` survives JSON.stringify exactly. */
+/**
+ * Everything needed to resume, on the host; writing it to disk is the caller's business. `json` survives
+ * JSON.stringify exactly.
+ */
 export interface TrainerSnapshot {
   /** "params.<path>", "buffers.<layer>.<path>", "optimiser.<slot>.<path>", "hooks.<name>.<path>". */
   readonly arrays: Readonly<Record<string, SnapshotArray>>;

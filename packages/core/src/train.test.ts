@@ -18,7 +18,8 @@ import { cosineDecay, warmUp } from "./schedule.ts";
 import { dispose, leaves, type Tensor, type Tree } from "./tensor.ts";
 import { type PassInfo, type StepReport, type Task, type Trainer, type TrainerOptions, trainer } from "./train.ts";
 
-// A language model of two MoE layers on a made-up text: embedding (tied with the head), noisy top-k routing with a bias and a
+// A language model of two MoE layers on a made-up text: embedding (tied with the head), noisy top-k routing with a
+// bias and a
 // lambda that live in buffers, experts of which some stay without a token.
 const [vocabulary, width, count, sequence] = [11, 6, 5, 7];
 
@@ -698,7 +699,8 @@ describe("hooks", () => {
     expect(root.live()).toBe(live);
     expect(report.tokens).toBe(2 * sequence);
     expect(report.loads[0]?.reduce((a, b) => a + b, 0)).toBe(2 * 2 * 2 * sequence);
-    // Combined = loss1 + loss2 + disagreement = 2 * mean loss + disagreement; the hook's share is what exceeds the mean loss.
+    // Combined = loss1 + loss2 + disagreement = 2 * mean loss + disagreement; the hook's share is what exceeds the
+    // mean loss.
     expect(report.losses.agreement).toBeGreaterThan(report.loss);
     expect(report.total).toBeCloseTo(
       report.loss + (report.losses.agreement as number) + (report.losses.balance as number),
@@ -778,7 +780,8 @@ describe("hooks", () => {
     expect((await values(made.params)).embedding).toEqual(before.embedding);
     await made.run({ until: 3 });
     const after = await values(made.params);
-    // The first AdamW update moves each entry by the learning rate, whatever the gradient's size (but for decay and eps).
+    // The first AdamW update moves each entry by the learning rate, whatever the gradient's size (but for decay and
+    // eps).
     const rate = made.history[2]?.learningRate as number;
     const moved = after.embedding?.map((x, i) =>
       Math.abs(x - (before.embedding?.[i] as number) * (1 - rate * 0.1)),

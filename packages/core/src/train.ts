@@ -1,4 +1,5 @@
-// The trainer: forward, gradient, clipping, update, router buffers, report; snapshots that resume bit for bit. No model and no files in here.
+// The trainer: forward, gradient, clipping, update, router buffers, report; snapshots that resume bit for bit. No
+// model and no files in here.
 import { autodiff, grad, lower, watch } from "./autodiff.ts";
 import type { Engine } from "./engine.ts";
 import { CheckpointError, ShapeError, UnsupportedError } from "./errors.ts";
@@ -40,8 +41,8 @@ export interface PassInfo {
   /** What the hooks' `beforeStep` returned, merged: `RouterInput.schedule`. */
   readonly schedule: Readonly<Record<string, number | boolean>>;
   /**
-   * With `globalBalance`, from the second micro-batch on: one `[load]` per MoE layer, the tokens of each expert per token in this step's
-   * micro-batches so far (top-k: they sum to k). `switchBalance({ load })` takes it.
+   * With `globalBalance`, from the second micro-batch on: one `[load]` per MoE layer, the tokens of each expert per
+   * token in this step's micro-batches so far (top-k: they sum to k). `switchBalance({ load })` takes it.
    */
   readonly globalLoad?: readonly Tensor[];
   /** Present when a hook observes: call it with the inputs of every expert matrix, rows sorted by expert. */
@@ -56,19 +57,25 @@ export interface BatchInfo extends BatchFacts {
 
 /** What is trained: parameters, data and the loss. */
 export interface Task<B> {
-  /** f32, on the engine given to `trainer`, which takes them over: they change with every step, read `trainer.params`. */
+  /**
+   * f32, on the engine given to `trainer`, which takes them over: they change with every step, read `trainer.params`.
+   */
   readonly params: Tree;
-  /** One per MoE layer, in order. Their buffers are taken over too; read `trainer.buffers`. Their `params` are not looked at. */
+  /**
+   * One per MoE layer, in order. Their buffers are taken over too; read `trainer.buffers`. Their `params` are not
+   * looked at.
+   */
   readonly routers: readonly Router[];
   /**
-   * Batch `index` (counting from 0, one per micro-batch): the same index gives the same batch, so resuming needs no data state.
-   * Host data, or tensors: called inside the step's scope, which frees them.
+   * Batch `index` (counting from 0, one per micro-batch): the same index gives the same batch, so resuming needs no
+   * data state. Host data, or tensors: called inside the step's scope, which frees them.
    */
   batch(index: number): B;
   /**
-   * Runs the model. `params` are on the autodiff engine while training and on the plain engine in `evaluate`; `buffers` (one tree
-   * per MoE layer) are always plain. `loss` is the mean over the batch's tokens, without router losses; `layers` has one Routed per
-   * MoE layer, with `metrics.load` (tokens of each real expert, then of null ones) as `moe()` adds it. Must be synchronous.
+   * Runs the model. `params` are on the autodiff engine while training and on the plain engine in `evaluate`;
+   * `buffers` (one tree per MoE layer) are always plain. `loss` is the mean over the batch's tokens, without router
+   * losses; `layers` has one Routed per MoE layer, with `metrics.load` (tokens of each real expert, then of null
+   * ones) as `moe()` adds it. Must be synchronous.
    */
   forward(params: Tree, buffers: readonly Tree[], batch: B, info: PassInfo): Pass;
   /** Labels, mask and token count of a batch, for hooks and reports. */
@@ -91,7 +98,10 @@ export interface TrainerOptions {
   readonly seed?: number;
   /** Which parameters decay; default: those with two or more axes. */
   decay?(path: string, shape: readonly number[]): boolean;
-  /** Hands `globalLoad` to the routers while accumulating, so that balance is asked of the whole step (2501.11873); default false. */
+  /**
+   * Hands `globalLoad` to the routers while accumulating, so that balance is asked of the whole step (2501.11873);
+   * default false.
+   */
   readonly globalBalance?: boolean;
 }
 
@@ -149,12 +159,13 @@ export interface Trainer<B> {
   readonly history: readonly StepReport[];
   /**
    * One optimiser step.
-   * @throws Error when the loss or the gradient is not finite: it names step, loss and gradient norm, and parameters, buffers,
-   * optimiser and hook state are as they were before the step.
+   * @throws Error when the loss or the gradient is not finite: it names step, loss and gradient norm, and
+   * parameters, buffers, optimiser and hook state are as they were before the step.
    */
   step(): Promise<StepReport>;
   /**
-   * Steps until the end, `until` or an abort; never rejects because of an abort. Lets timers and signals in between steps.
+   * Steps until the end, `until` or an abort; never rejects because of an abort. Lets timers and signals in between
+   * steps.
    * @throws UnsupportedError when neither `until` nor totalSteps says where to end.
    */
   run(options?: RunOptions): Promise<"done" | "aborted">;
@@ -183,8 +194,9 @@ interface Parameter {
 /**
  * A trainer of `task`. `engine` is the one the task's tensors live on; recording for gradients is added here.
  *
- * Each step is synchronous up to its one transfer (losses, loads, metrics and gradient norm in one vector), and the update
- * runs after it: what arrives decides the clipping, and a step that is not finite never reaches the parameters.
+ * Each step is synchronous up to its one transfer (losses, loads, metrics and gradient norm in one vector), and the
+ * update runs after it: what arrives decides the clipping, and a step that is not finite never reaches the
+ * parameters.
  */
 export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOptions): Trainer<B> {
   const { optimiser, schedule = constantRate(), clip = Infinity, accumulate = 1, hooks = [] } = options;
@@ -409,7 +421,7 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
       if (!Number.isFinite(total) || !Number.isFinite(gradientNorm)) {
         throw new Error(
           `step ${steps} is not finite: loss ${loss}, ${describe(losses)}gradient norm ${gradientNorm} ` +
-            `(batches ${batches} to ${batches + accumulate - 1}); parameters, buffers and optimiser are as before this step. ` +
+            `(batches ${batches} to ${batches + accumulate - 1}); parameters, buffers and optimiser stay as before it. ` +
             "Lower the learning rate, warm up longer, or look for a log or a division by zero in the loss",
         );
       }

@@ -315,8 +315,8 @@ export function attention(job: Attention, from: i32, to: i32, scratch: usize): v
     }
     // One over the sum; 0 for rows that see nothing.
     const one = f32x4.splat(1);
-    rescale(o, ldo, v128.and(f32x4.div(one, l0), f32x4.gt(l0, zero())));
-    rescale(o + 4 * ldo, ldo, v128.and(f32x4.div(one, l1), f32x4.gt(l1, zero())));
+    rescale(o, ldo, v128.and(f32x4.div(one, l0), f32x4.ne(l0, zero())));
+    rescale(o + 4 * ldo, ldo, v128.and(f32x4.div(one, l1), f32x4.ne(l1, zero())));
     v128.store(positions, m0);
     v128.store(positions, m1, 16);
     v128.store(s, l0);
@@ -324,7 +324,7 @@ export function attention(job: Attention, from: i32, to: i32, scratch: usize): v
     for (let lane = 0; lane <= last - r; lane++) {
       const at = <usize>lane << 2;
       const sum = load<f32>(s + at);
-      store<f32>(lseAt(job, batch, kv, r + lane), sum > 0 ? load<f32>(positions + at) + log1(sum) : NEGATIVE);
+      store<f32>(lseAt(job, batch, kv, r + lane), sum != 0 ? load<f32>(positions + at) + log1(sum) : NEGATIVE);
       memory.copy(job.out + ((<usize>rowIndex(job, batch, kv, r + lane) * <usize>dv) << 2), o + <usize>lane * ldo, <usize>dv << 2);
     }
   }

@@ -32,6 +32,7 @@ export {
   completeConfig,
   parameterShapes,
   type Transformer,
+  type TransformerArchitecture,
   type TransformerConfig,
   type TransformerOptions,
   transformer,

@@ -35,7 +35,7 @@ import {
   UnsupportedError,
 } from "@switchyard/core";
 import { TransformerCache } from "./cache.ts";
-import type { ForwardOptions, KvCache, Model } from "./model.ts";
+import type { Architecture, Checkpoint, ForwardOptions, KvCache, Model } from "./model.ts";
 import { branch, leaf, tensorsIn } from "./tree.ts";
 
 export interface TransformerConfig {
@@ -128,6 +128,11 @@ export interface Transformer extends Model {
   step(ids: Tensor, options?: ForwardOptions): Promise<Tensor>;
   /** The same model with other parameters and buffers, for example a trainer's. Nothing is copied. */
   with(state: { readonly params?: Tree; readonly buffers?: readonly Tree[] }): Transformer;
+}
+
+/** A family of checkpoints that this one definition runs. */
+export interface TransformerArchitecture extends Architecture {
+  read(checkpoint: Checkpoint, engine: Engine, options: { readonly memory?: number }): Promise<Transformer>;
 }
 
 const defaults = {

@@ -84,7 +84,9 @@ export function reMoE({ k, lambda = 1e-8, alpha = 1.2 }: ReMoEOptions): RouterPl
         select,
         route: (params, input) => select(score(params, input), input),
         afterStep(layers, buffers) {
-          const factor = idleShare(layers, experts) < 1 - k / experts ? alpha : 1 / alpha;
+          const seen = layers.filter(({ tokens }) => tokens > 0);
+          if (seen.length === 0) return buffers;
+          const factor = idleShare(seen, experts) < 1 - k / experts ? alpha : 1 / alpha;
           return { lambda: mul(leaf(buffers, "lambda"), factor) };
         },
       };
@@ -105,11 +107,10 @@ function sparsityLoss(
   return { value: mul(penalty, leaf(input.buffers, "lambda")), weight: 1 };
 }
 
-/** 1 - active pairs / (tokens * experts), mean over the layers that saw tokens; 1 - k/E would be on target. */
+/** 1 - active pairs / (tokens * experts), mean over the layers. */
 function idleShare(layers: readonly StepStatistics[], experts: number): number {
-  const seen = layers.filter(({ tokens }) => tokens > 0);
-  const idle = seen.map(({ load, tokens }) => 1 - load.reduce((total, n) => total + n, 0) / (tokens * experts));
-  return idle.reduce((total, share) => total + share, 0) / seen.length;
+  const idle = layers.map(({ load, tokens }) => 1 - load.reduce((total, n) => total + n, 0) / (tokens * experts));
+  return idle.reduce((total, share) => total + share, 0) / layers.length;
 }
 
 export const card: RouterCard = {
@@ -126,6 +127,6 @@ export const card: RouterCard = {
   ourChoices: [
     "initial weights N(0, 0.02²)",
     "every layer keeps its own copy of lambda, updated from the mean over all layers",
-    "a step without tokens divides lambda, as a step on target does",
+    "a step without tokens leaves lambda alone",
   ],
 };

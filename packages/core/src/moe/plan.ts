@@ -111,7 +111,7 @@ export interface RouterInput {
   readonly cache?: Tree;
   /** Per row of the batch. */
   readonly override?: readonly (RoutingOverride | undefined)[];
-  /** Share of each expert in the whole global batch, where the balance loss should use it. */
+  /** `[experts (+ nulls)]`: tokens of each expert per token in the whole global batch, where the balance loss should use it. */
   readonly globalLoad?: Tensor;
   readonly schedule?: Readonly<Record<string, number | boolean>>;
 }
@@ -177,8 +177,9 @@ export interface Router {
   score?(params: Tree, input: RouterInput): Tensor;
   select?(scores: Tensor, input: RouterInput): Routed;
   /**
-   * All MoE layers at once, after the optimiser step; returns this layer's new buffers (DeepSeek bias, ReMoE lambda, Race threshold),
-   * computed from the current ones: the router itself keeps no state, or a resumed run would differ.
+   * All MoE layers at once, after the optimiser step; returns this layer's new buffers (DeepSeek bias, ReMoE lambda,
+   * Race threshold), computed from the current ones: the router itself keeps no state, or a resumed run would
+   * differ.
    */
   afterStep?(layers: readonly StepStatistics[], buffers: Tree): Tree;
 }
@@ -263,7 +264,10 @@ export interface TrainingHook {
   readonly name: string;
   /** Forward passes of the same batch per step (THOR: 2). */
   readonly passes?: number;
-  /** Saved with the training run. A hook replaces it when it changes and reads it anew each time; the trainer frees the old one, and sets it on resuming. */
+  /**
+   * Saved with the training run. A hook replaces it when it changes and reads it anew each time; the trainer frees
+   * the old one, and sets it on resuming.
+   */
   state?: Tree;
   /** Handed to routers as `input.schedule`. */
   beforeStep?(info: StepInfo): Readonly<Record<string, number | boolean>>;

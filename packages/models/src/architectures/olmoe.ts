@@ -4,9 +4,16 @@ import { CheckpointError, type Engine, leaves, random, type Tensor, type Tree } 
 import { topK } from "@switchyard/routers/top-k";
 import { isRecord } from "../checkpoint.ts";
 import { ConfigReader } from "../config-reader.ts";
-import type { Architecture, Checkpoint } from "../model.ts";
+import type { Checkpoint } from "../model.ts";
 import type { TensorSource } from "../safetensors.ts";
-import { buildTransformer, type CompleteConfig, completeConfig, parameterShapes, type Transformer } from "../transformer.ts";
+import {
+  buildTransformer,
+  type CompleteConfig,
+  completeConfig,
+  parameterShapes,
+  type Transformer,
+  type TransformerArchitecture,
+} from "../transformer.ts";
 import { bytesOf, type CheckpointContent, checkAllUsed, checkMemory, readFloats, readTensor, stored } from "../weights.ts";
 
 /** Our path of a parameter that is stored as one tensor -> its name on the Hub. */
@@ -139,7 +146,7 @@ function withWeights(plugin: CompleteConfig["router"], gates: readonly Tensor[])
 }
 
 /** Reads `model_type: "olmoe"`. Throws CheckpointError for settings it does not know, so that no model runs differently in silence. */
-export const olmoe: Architecture & { read(...input: Parameters<Architecture["read"]>): Promise<Transformer> } = {
+export const olmoe: TransformerArchitecture = {
   modelTypes: ["olmoe"],
   read,
 };

@@ -2,9 +2,16 @@
 import { CheckpointError, type Engine, type Json, leaves, mapTree, random, type RouterPlugin, type Tensor, type Tree } from "@switchyard/core";
 import { isRecord } from "../checkpoint.ts";
 import { ConfigReader } from "../config-reader.ts";
-import type { Architecture, Checkpoint } from "../model.ts";
+import type { Checkpoint } from "../model.ts";
 import type { TensorSource } from "../safetensors.ts";
-import { buildTransformer, type CompleteConfig, completeConfig, parameterShapes, type Transformer } from "../transformer.ts";
+import {
+  buildTransformer,
+  type CompleteConfig,
+  completeConfig,
+  parameterShapes,
+  type Transformer,
+  type TransformerArchitecture,
+} from "../transformer.ts";
 import { type CheckpointContent, checkAllUsed, checkMemory, readTensor, stored } from "../weights.ts";
 
 const format = 1;
@@ -40,9 +47,7 @@ export interface SwitchyardOptions {
 }
 
 /** Reads `model_type: "switchyard"` with the routers given. */
-export function switchyard(
-  options: SwitchyardOptions,
-): Architecture & { read(...input: Parameters<Architecture["read"]>): Promise<Transformer> } {
+export function switchyard(options: SwitchyardOptions): TransformerArchitecture {
   return {
     modelTypes: ["switchyard"],
     read: (checkpoint, engine, { memory }) => read(checkpoint, engine, options, memory),
@@ -137,10 +142,10 @@ async function read(
     const replace = async (prefix: string, tree: Tree): Promise<void> => {
       for (const [path, x] of leaves(tree)) {
         const name = `${prefix}.${path}`;
-        const known = parameters.get(path) === x ? x : replacements.get(x);
-        const saved = known !== undefined && !names.has(name) ? known : undefined;
-        const replacement = parameters.get(path) === x ? x : (saved ?? (await load(name, x.shape)));
-        if (replacement !== x && !replacements.has(x)) replacements.set(x, replacement);
+        if (parameters.get(path) === x) continue;
+        const shared = replacements.get(x);
+        const replacement = shared && !names.has(name) ? shared : await load(name, x.shape);
+        if (!shared) replacements.set(x, replacement);
         byPath.set(name, replacement);
       }
     };

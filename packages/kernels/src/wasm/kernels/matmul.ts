@@ -40,13 +40,15 @@ export interface Layout {
   readonly kindB: number;
   /** Address of [n] floats, or 0. */
   readonly bias: number;
+  /** Every A already is in panels. */
+  readonly packedA?: boolean;
 }
 
 /** c = a b (+ bias) for every product of the list. */
 export function multiply(device: Device, products: readonly Product[], layout: Layout): void {
   const { n, lda, ldb, ldc, columnsB, kindB, bias } = layout;
   if (n === 0) return;
-  const few = (p: Product): boolean => p.m <= FEW_ROWS && !layout.transposedA && !columnsB;
+  const few = (p: Product): boolean => p.m <= FEW_ROWS && !layout.transposedA && !columnsB && !layout.packedA;
   const job = (tasks: number): number[] => [tasks, ldb, ldc, kindB, columnsB ? 1 : 0, 0, lda, 0];
   const bytesB = columnsB ? 4 : ldb;
   const sizeB = kindB === 0 ? 4 : 2;
@@ -65,7 +67,7 @@ export function multiply(device: Device, products: readonly Product[], layout: L
 
   const large = products.filter((p) => p.m > 0 && !few(p));
   if (large.length === 0) return;
-  const packed = packA(device, large, layout);
+  const packed = layout.packedA ? large.map((p) => p.a) : packA(device, large, layout);
   const tasks: number[] = [];
   flops = 0;
   large.forEach((p, i) => {

@@ -1,0 +1,178 @@
+// Puts the wasm backend together: binary, memory, threads, kernel tables, upload and download.
+import { type Backend, type DType, ShapeError, type Spec, type TypedArray, UnsupportedError } from "@switchyard/core";
+import { bytesOf, createDevice, sizeOf } from "./device.ts";
+import { type Block, createHeap, type Heap } from "./heap.ts";
+import { attentionKernels } from "./kernels/attention.ts";
+import { elementwiseKernels } from "./kernels/elementwise.ts";
+import { expertKernels } from "./kernels/experts.ts";
+import { matmulKernels, SCRATCH } from "./kernels/matmul.ts";
+import { reduceKernels } from "./kernels/reduce.ts";
+import { rowKernels } from "./kernels/rows.ts";
+import { shapeKernels } from "./kernels/shape.ts";
+import { compile, hasRelaxedSimd, type Variant } from "./loader.ts";
+import { createPool, HEAP_START, type Pool, threadsPossible } from "./pool.ts";
+
+export interface WasmOptions {
+  /** Threads, the calling one included. Default: one per processor, at most 8; one where memory cannot be shared (`note` says why). */
+  readonly threads?: number;
+  /** The build; default: relaxed SIMD where the engine has it. */
+  readonly variant?: Variant;
+  /** Most bytes the heap may grow to; default 4 GB, the limit of 32-bit wasm. */
+  readonly memory?: number;
+}
+
+/** The handle of a tensor: a block of the wasm heap. */
+export type WasmHandle = Block;
+
+export interface WasmBackend extends Backend<WasmHandle> {
+  /** Threads at work, the calling one included. */
+  readonly threads: number;
+  readonly variant: Variant;
+  /** Why there are fewer threads, or a slower build, than asked for; empty when all is well. */
+  readonly note: string;
+  /** Bytes in tensors, bytes held by the heap. */
+  memory(): { readonly used: number; readonly held: number };
+  downloadSync(x: Spec & { readonly handle: WasmHandle }): TypedArray;
+  dispose(): void;
+}
+
+const PAGE = 65_536;
+const MOST_PAGES = 65_536;
+
+/**
+ * The default backend: WebAssembly SIMD, threads where memory can be shared.
+ * @example const cpu = engine(await wasm({ threads: 2 }));
+ * @throws UnsupportedError without WebAssembly SIMD, or for a number of threads that is not a whole number above 0.
+ */
+export async function wasm(options: WasmOptions = {}): Promise<WasmBackend> {
+  const { variant = hasRelaxedSimd() ? "relaxed" : "plain", memory: limit = MOST_PAGES * PAGE } = options;
+  const asked = options.threads ?? Math.min(globalThis.navigator?.hardwareConcurrency ?? 1, 8);
+  if (!Number.isInteger(asked) || asked < 1 || asked > 64) {
+    throw new UnsupportedError(`wasm: threads must be a whole number from 1 to 64, not ${asked}`);
+  }
+  const notes: string[] = [];
+  if (variant === "plain" && options.variant === undefined) {
+    notes.push("plain SIMD build: this engine has no relaxed SIMD (Node 22 or a current browser runs about 1.4 times as fast)");
+  }
+  const sharing = threadsPossible();
+  if (asked > 1 && !sharing.possible) notes.push(sharing.why);
+  let started: { readonly heap: Heap; readonly pool: Pool } | undefined;
+  if (asked > 1 && sharing.possible) {
+    try {
+      started = await start(variant, asked, limit);
+    } catch (error) {
+      // A page's policy may forbid workers; the reason stays readable in `note`.
+      if (!(error instanceof UnsupportedError)) throw error;
+      notes.push(`one thread: ${error.message}`);
+    }
+  }
+  const { heap, pool } = started ?? (await start(variant, 1, limit));
+  return assemble(heap, pool, variant, notes.join("; "));
+}
+
+async function start(variant: Variant, threads: number, limit: number): Promise<{ readonly heap: Heap; readonly pool: Pool }> {
+  const shared = threads > 1;
+  const module = await compile(variant, shared);
+  const memory = reserve(Math.min(MOST_PAGES, Math.floor(limit / PAGE)), shared);
+  const heap = createHeap(memory.memory, HEAP_START, memory.pages * PAGE);
+  const scratch = Array.from({ length: threads }, () => heap.alloc(SCRATCH, () => "the working memory of a thread").ptr);
+  return { heap, pool: await createPool({ module, memory: memory.memory, scratch }) };
+}
+
+/** A memory that may grow to `pages`; where the system refuses to set so much address space aside, to half of it, and so on. */
+function reserve(pages: number, shared: boolean): { readonly memory: WebAssembly.Memory; readonly pages: number } {
+  const initial = 256;
+  for (let most = Math.max(pages, initial); ; most = Math.floor(most / 2)) {
+    try {
+      return { memory: new WebAssembly.Memory({ initial, maximum: shared ? most : MOST_PAGES, shared }), pages: most };
+    } catch (error) {
+      if (!(error instanceof RangeError) || most / 2 < initial) throw error;
+    }
+  }
+}
+
+function assemble(heap: Heap, pool: Pool, variant: Variant, note: string): WasmBackend {
+  const device = createDevice(heap, pool);
+  let open = true;
+  const check = (): void => {
+    if (!open) throw new UnsupportedError("wasm: this backend was disposed of");
+  };
+
+  const downloadSync: WasmBackend["downloadSync"] = (x) => {
+    check();
+    const { ptr } = x.handle;
+    const n = sizeOf(x.shape);
+    switch (x.dtype) {
+      case "f32":
+        return Float32Array.from(heap.f32().subarray(ptr / 4, ptr / 4 + n));
+      case "i32":
+        return Int32Array.from(heap.i32().subarray(ptr / 4, ptr / 4 + n));
+      case "f16":
+      case "bf16":
+        return Uint16Array.from(heap.u16().subarray(ptr / 2, ptr / 2 + n));
+      case "u8":
+        return Uint8Array.from(heap.u8().subarray(ptr, ptr + n));
+      default:
+        return x.dtype satisfies never;
+    }
+  };
+
+  return {
+    name: "wasm",
+    threads: pool.threads,
+    variant,
+    note,
+    kernels: {
+      ...elementwiseKernels(device),
+      ...shapeKernels(device),
+      ...reduceKernels(device),
+      ...rowKernels(device),
+      ...matmulKernels(device),
+      ...expertKernels(device),
+      ...attentionKernels(device),
+    },
+    upload(data, spec) {
+      check();
+      if (data.length !== sizeOf(spec.shape)) {
+        throw new ShapeError(`wasm: upload: [${spec.shape.join(", ")}] needs ${sizeOf(spec.shape)} elements, found ${data.length}`);
+      }
+      const block = heap.alloc(bytesOf(spec), () => `a tensor [${spec.shape.join(", ")}] ${spec.dtype}`);
+      write(heap, block, data, spec.dtype);
+      return block;
+    },
+    downloadSync,
+    download: async (x) => downloadSync(x),
+    free(handle) {
+      if (open) heap.free(handle);
+    },
+    memory: () => ({ used: heap.used(), held: heap.held() }),
+    dispose() {
+      open = false;
+      pool.dispose();
+    },
+  };
+}
+
+/** f16 and bf16 are given as their bits (Uint16Array), everything else as numbers. */
+function write(heap: Heap, { ptr }: Block, data: TypedArray, dtype: DType): void {
+  switch (dtype) {
+    case "f32":
+      heap.f32().set(data, ptr / 4);
+      return;
+    case "i32":
+      heap.i32().set(data, ptr / 4);
+      return;
+    case "u8":
+      heap.u8().set(data, ptr);
+      return;
+    case "f16":
+    case "bf16":
+      if (!(data instanceof Uint16Array)) {
+        throw new UnsupportedError(`wasm: upload of ${dtype} takes the bits in a Uint16Array; upload f32 and cast()`);
+      }
+      heap.u16().set(data, ptr / 2);
+      return;
+    default:
+      dtype satisfies never;
+  }
+}
