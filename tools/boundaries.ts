@@ -110,7 +110,7 @@ function fileFaults({ folder, manifest }: Package, file: SourceFile): string[] {
   const tree = ts.createSourceFile(file.path, file.text, ts.ScriptTarget.Latest, true);
   const name = short(manifest.name);
   const app = folder.startsWith("apps/");
-  const test = /\.test\.(ts|mjs)$|^test\//.test(file.path);
+  const test = /\.test(-util)?\.(ts|mjs)$|^test\//.test(file.path);
   // Only what is in src is shipped; the scripts beside it build the package.
   const tool = test || !file.path.startsWith("src/");
   const faults: string[] = [];

@@ -5,7 +5,7 @@ import { dirname, join, relative, sep } from "node:path";
 import { root, run } from "./child.mjs";
 
 const stamp = join(root, "node_modules", ".cache", "switchyard", "build");
-const made = new Set(["dist", "generated", "node_modules", "runs", ".turbo"]);
+const made = new Set(["dist", "node_modules", "runs", ".turbo"]);
 
 /**
  * Throws when the build fails; turbo prints why.
@@ -59,7 +59,7 @@ function sources(folder) {
     .flatMap((entry) => {
       const path = join(folder, entry.name);
       if (entry.isDirectory()) return sources(path);
-      return /\.test\.ts$|\.md$/.test(entry.name) ? [] : [path];
+      return /\.(test|test-util|generated)\.ts$|\.md$/.test(entry.name) ? [] : [path];
     });
 }
 

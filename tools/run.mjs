@@ -19,8 +19,8 @@ const jobs = {
   lint: { script: [biome, "check", "."] },
   format: { script: [biome, "check", "--write", "."] },
   tables: { built: true, script: ["tools/tables.ts"] },
-  "bench:kernels": { built: true, script: ["apps/bench-kernels/src/main.ts"] },
   release: { built: true, script: ["tools/release.ts"] },
+  "bench:kernels": { built: true, script: ["apps/bench-kernels/src/main.ts"] },
 };
 
 /** @param {string[]} parameters */

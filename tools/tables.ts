@@ -6,37 +6,50 @@ import { pathToFileURL } from "node:url";
 import { root } from "./child.mjs";
 import { type Package, readPackages } from "./workspace.ts";
 
-/** What a router's file says about it, as far as the table shows it. */
+/** What a router's file says about it: RouterCard of @switchyard/routers. */
 interface RouterCard {
   readonly name: string;
+  readonly title: string;
   readonly paper: string;
-  readonly causal: string | boolean;
+  readonly equations: string;
   readonly needs: readonly string[];
+  readonly causal: string;
+  readonly plans: readonly string[];
   readonly params: string;
   readonly cost: string;
   readonly claim: string;
+  readonly ourChoices: readonly string[];
 }
 
 type Rows = readonly (readonly string[])[];
 
-/** The tables by name: a head row and the rows below. */
-const tables: Readonly<Record<string, () => Rows | Promise<Rows>>> = {
-  packages: () => [
-    ["package", "what it does"],
-    ...published().map(({ folder, manifest }) => [`[\`${manifest.name}\`](${folder})`, manifest.description ?? ""]),
-  ],
-  routers: async () => [
-    ["router", "paper", "causal", "needs", "parameters", "cost", "claim"],
-    ...(await routerCards()).map((card) => [
-      `\`${card.name}\``,
-      card.paper,
-      typeof card.causal === "string" ? card.causal : card.causal ? "yes" : "no",
-      card.needs.join(", "),
-      card.params,
-      card.cost,
-      card.claim,
+/** The generated parts by name, as Markdown. */
+const tables: Readonly<Record<string, () => string | Promise<string>>> = {
+  packages: () =>
+    table([
+      ["package", "what it does"],
+      ...published().map(({ folder, manifest }) => [`[\`${manifest.name}\`](${folder})`, manifest.description ?? ""]),
     ]),
-  ],
+  routers: async () =>
+    table([
+      ["router", "method", "paper", "causal", "plan", "parameters", "cost per token beside the experts", "needs"],
+      ...(await routerCards()).map((card) => [
+        `\`${card.name}\``,
+        card.title,
+        `[${card.paper}](https://arxiv.org/abs/${card.paper})`,
+        card.causal,
+        card.plans.join(", "),
+        card.params,
+        card.cost,
+        card.needs.join(", ") || "nothing",
+      ]),
+    ]),
+  "router-notes": async () =>
+    (await routerCards())
+      .map(({ name, equations, claim, ourChoices }) =>
+        [`- **${name}** (${equations}). The paper: ${claim}.`, `Here: ${ourChoices.join("; ")}.`].join(" "),
+      )
+      .join("\n"),
 };
 
 /** One file of the repository that may hold tables. */
@@ -56,17 +69,17 @@ export function readmes(): Readme[] {
 export async function filled({ path, text }: Readme): Promise<string> {
   let result = text;
   for (const [opening, name = ""] of text.matchAll(/^<!-- table: (\S+) -->$/gm)) {
-    const table = tables[name];
-    if (!table) throw new Error(`${path}: no table "${name}"; the tables are ${Object.keys(tables).join(", ")}`);
+    const part = tables[name];
+    if (!part) throw new Error(`${path}: no table "${name}"; the tables are ${Object.keys(tables).join(", ")}`);
     const start = result.indexOf(opening) + opening.length;
     const end = result.indexOf("<!-- end of table -->", start);
     if (end < 0) throw new Error(`${path}: the table "${name}" is not closed by <!-- end of table -->`);
-    result = `${result.slice(0, start)}\n${markdown(await table())}\n${result.slice(end)}`;
+    result = `${result.slice(0, start)}\n${await part()}\n${result.slice(end)}`;
   }
   return result;
 }
 
-function markdown([head = [], ...rows]: Rows): string {
+function table([head = [], ...rows]: Rows): string {
   const line = (cells: readonly string[]): string =>
     `| ${cells.map((cell) => cell.replaceAll("|", "\\|")).join(" | ")} |`;
   return [line(head), line(head.map(() => "---")), ...rows.map(line)].join("\n");

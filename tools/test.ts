@@ -40,7 +40,12 @@ function check(name: string, task: string, good: boolean): void {
 async function runTasks(): Promise<void> {
   const summaries = join(reports, "runs");
   rmSync(summaries, { recursive: true, force: true });
-  const code = await turbo(node, [...tasks, "--continue=dependencies-successful", "--summarize", "--output-logs=errors-only"]);
+  const code = await turbo(node, [
+    ...tasks,
+    "--continue=dependencies-successful",
+    "--summarize",
+    "--output-logs=errors-only",
+  ]);
   const [file] = existsSync(summaries) ? readdirSync(summaries) : [];
   if (!file) return check("all packages", "turbo", false);
   const summary: Summary = JSON.parse(readFileSync(join(summaries, file), "utf8"));

@@ -1,16 +1,26 @@
-// Tests run against the sources of every package, so nothing has to be built first.
-import { fileURLToPath } from "node:url";
+// Tests run against the sources of every package, so nothing has to be built first: each subpath of each package.json, such as
+// ./dist/moe/index.js, stands for its source, src/moe/index.ts.
+import { existsSync, readdirSync, readFileSync } from "node:fs";
+import { join } from "node:path";
 import { defineConfig, type ViteUserConfig } from "vitest/config";
 
-const source = (path: string): string => fileURLToPath(new URL(`../packages/${path}`, import.meta.url));
+const packages = join(import.meta.dirname, "..", "packages");
 
-export const alias = [
-  { find: /^@switchyard\/core\/cpu$/, replacement: source("core/src/cpu/index.ts") },
-  { find: /^@switchyard\/bench\/kernels$/, replacement: source("bench/src/kernels.ts") },
-  { find: /^@switchyard\/kernels\/wasm$/, replacement: source("kernels/src/wasm/index.ts") },
-  { find: /^@switchyard\/routers\/(.+)$/, replacement: source("routers/src/$1.ts") },
-  { find: /^@switchyard\/([a-z]+)$/, replacement: source("$1/src/index.ts") },
-];
+interface Alias {
+  readonly find: RegExp;
+  readonly replacement: string;
+}
+
+export const alias: Alias[] = readdirSync(packages).flatMap((folder) => {
+  const manifest = join(packages, folder, "package.json");
+  if (!existsSync(manifest)) return [];
+  const { name, exports } = JSON.parse(readFileSync(manifest, "utf8"));
+  return Object.entries<string | { readonly default: string }>(exports).flatMap(([subpath, target]) => {
+    if (typeof target === "string") return [];
+    const source = target.default.replace(/^\.\/dist\/(.*)\.js$/, "src/$1.ts");
+    return [{ find: new RegExp(`^${name}${subpath.slice(1)}$`), replacement: join(packages, folder, source) }];
+  });
+});
 
 const config: ViteUserConfig = defineConfig({
   resolve: { alias },

@@ -57,7 +57,7 @@ function readPackage(folder: string): Package {
     licence: existsSync(licence) ? readFileSync(licence, "utf8") : undefined,
     sources: globSync(["src/**/*.ts", "test/**/*.ts", "*.mjs", "src/**/*.mjs"], { cwd: here })
       .map((path) => path.split(sep).join("/"))
-      .filter((path) => !path.includes("/generated/"))
+      .filter((path) => !path.endsWith(".generated.ts"))
       .sort()
       .map((path) => ({ path, text: readFileSync(join(here, path), "utf8") })),
   };

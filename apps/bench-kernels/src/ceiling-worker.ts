@@ -13,5 +13,7 @@ const call = (name: string, argument: number): unknown => {
 call("fill", pages);
 // Engines compile a loop well only after it was entered often: these short calls are its warm-up.
 for (let i = 0; i < 2000; i++) for (const name of ["relaxed", "plain", "read"]) call(name, 2560);
-parentPort?.on("message", ([name, argument]: readonly [string, number]) => parentPort?.postMessage(call(name, argument)));
+parentPort?.on("message", ([name, argument]: readonly [string, number]) =>
+  parentPort?.postMessage(call(name, argument)),
+);
 parentPort?.postMessage("ready");

@@ -16,7 +16,9 @@ const wanted = ({ least, most }: Goal): string =>
 
 /** Whether the median meets the goal; undefined where there is none. */
 export const reached = ({ value, goal }: Figure): boolean | undefined =>
-  goal && value.median >= (goal.least ?? Number.NEGATIVE_INFINITY) && value.median <= (goal.most ?? Number.POSITIVE_INFINITY);
+  goal &&
+  value.median >= (goal.least ?? Number.NEGATIVE_INFINITY) &&
+  value.median <= (goal.most ?? Number.POSITIVE_INFINITY);
 
 const columns = (rows: readonly (readonly string[])[]): string[] => {
   const widths = (rows[0] ?? []).map((_, i) => Math.max(...rows.map((row) => (row[i] ?? "").length)));
@@ -49,7 +51,8 @@ export function tableText({ title, threads, unit, amounts, entries, figures }: T
   for (const figure of figures) {
     const verdict = reached(figure);
     const goal = figure.goal ? `   goal ${wanted(figure.goal)}: ${verdict ? "reached" : "missed"}` : "";
-    lines.push(`  ${figure.label} = ${spread(figure.value)}${goal}`);
+    const cpu = figure.cpu ? `, in CPU time ${significant(figure.cpu.median)}` : "";
+    lines.push(`  ${figure.label} = ${spread(figure.value)}${cpu}${goal}`);
   }
   return [`${title}, ${threads} thread${threads > 1 ? "s" : ""}`, ...lines].join("\n");
 }

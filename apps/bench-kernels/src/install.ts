@@ -23,7 +23,7 @@ export async function load(name: string): Promise<unknown> {
 }
 
 /** The file of "." under the conditions node and import. */
-function exportedFile(exports: unknown): string | undefined {
+export function exportedFile(exports: unknown): string | undefined {
   if (typeof exports === "string") return exports;
   if (typeof exports !== "object" || exports === null) return undefined;
   for (const [condition, target] of Object.entries(exports)) {
@@ -47,7 +47,15 @@ export function install(packages: Readonly<Record<string, string>>): string | un
   const [command, first] = script ? [process.execPath, [script]] : ["npm", []];
   const { status, stderr, error } = spawnSync(
     command,
-    [...first, "install", "--ignore-scripts", "--no-audit", "--no-fund", "--no-package-lock", ...missing.map((p) => p.join("@"))],
+    [
+      ...first,
+      "install",
+      "--ignore-scripts",
+      "--no-audit",
+      "--no-fund",
+      "--no-package-lock",
+      ...missing.map((p) => p.join("@")),
+    ],
     { cwd: folder, encoding: "utf8", shell: !script && process.platform === "win32" },
   );
   if (status === 0) return undefined;

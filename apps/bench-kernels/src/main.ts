@@ -46,7 +46,11 @@ function chosen(option: string, value: string | undefined, known: readonly strin
 }
 
 /** Installs and opens the peers; one that cannot is told in one line. */
-async function openPeers(names: readonly string[], threads: number, say: (line: string) => void): Promise<readonly Peer[]> {
+async function openPeers(
+  names: readonly string[],
+  threads: number,
+  say: (line: string) => void,
+): Promise<readonly Peer[]> {
   const peers: Peer[] = [];
   for (const source of sources.filter(({ name }) => names.includes(name))) {
     try {
@@ -65,10 +69,15 @@ async function openPeers(names: readonly string[], threads: number, say: (line: 
 async function main(): Promise<void> {
   if (values.help) return console.log(usage);
   const threads = Number(values.threads);
-  if (!Number.isInteger(threads) || threads < 1) throw new Error(`--threads must be a whole number from 1 up, found ${values.threads}`);
+  if (!Number.isInteger(threads) || threads < 1)
+    throw new Error(`--threads must be a whole number from 1 up, found ${values.threads}`);
   const names = chosen("case", values.case, Object.keys(cases));
   const variants = chosen("variant", values.variant, ["relaxed", "plain"]) as readonly Variant[];
-  const peerNames = chosen("peer", values.peer, sources.map(({ name }) => name));
+  const peerNames = chosen(
+    "peer",
+    values.peer,
+    sources.map(({ name }) => name),
+  );
   const say = (line: string): void => (values.json ? console.error(line) : console.log(line));
 
   const machine = {
@@ -79,7 +88,9 @@ async function main(): Promise<void> {
     v8: process.versions.v8,
   };
   say(`${machine.cpu}, ${machine.processors} processors, ${machine.platform}, Node ${machine.node}, V8 ${machine.v8}`);
-  say(`${threads} thread${threads > 1 ? "s" : ""}; a ratio above 1 means that ours is faster; medians of paired samples, with extremes`);
+  say(
+    `${threads} thread${threads > 1 ? "s" : ""}; a ratio above 1 means that ours is faster; medians of paired samples, with extremes`,
+  );
   const peers = await openPeers(peerNames, threads, say);
 
   const engines = new Map<string, Engine>();

@@ -18,8 +18,8 @@ import {
   moeLayer,
   oneTokenProducts,
   type ProductCase,
-  speedup,
   type Summary,
+  speedup,
   summarise,
   type Timing,
   trainingStep,
@@ -40,6 +40,8 @@ export interface Goal {
 export interface Figure {
   readonly label: string;
   readonly value: Summary;
+  /** The same in CPU time. */
+  readonly cpu?: Summary;
   readonly goal?: Goal;
 }
 
@@ -82,9 +84,9 @@ async function candidates<C>(context: Context, benchmark: Benchmark<C>, one: C):
 type Goals = (variant: Variant, peer: string) => Goal | undefined;
 
 const ratios = ({ ratios: all }: Comparison, goals: Goals): readonly Figure[] =>
-  all.map(({ ours, peer, speedup: value }) => {
+  all.map(({ ours, peer, speedup: value, cpuSpeedup: cpu }) => {
     const goal = goals(ours.endsWith("plain") ? "plain" : "relaxed", peer);
-    return { label: `${ours} : ${peer}`, value, ...(goal && { goal }) };
+    return { label: `${ours} : ${peer}`, value, ...(cpu && { cpu }), ...(goal && { goal }) };
   });
 
 const everyone = (amount: number, entries: readonly Entry[]): Readonly<Record<string, number>> =>
@@ -284,7 +286,9 @@ async function* scaling(context: Context): AsyncGenerator<Table> {
         figures: more.map((timing) => ({
           label: `time per token, ${timing.name} : ${first.name}`,
           value: summarise(
-            timing.samples.map((seconds, i) => (seconds / perToken(timing) / (first.samples[i] ?? Number.NaN)) * perToken(first)),
+            timing.samples.map(
+              (seconds, i) => (seconds / perToken(timing) / (first.samples[i] ?? Number.NaN)) * perToken(first),
+            ),
           ),
           goal: { least: 0.9, most: 1.1 },
         })),
@@ -359,7 +363,10 @@ async function* threads(context: Context): AsyncGenerator<Table> {
         const named = (n: number, what: string): string => `${what}, ${n} thread${n > 1 ? "s" : ""}`;
         const all: Candidate[] = [];
         const amounts: Record<string, number> = {};
-        for (const [n, on] of [[1, single], [many, parallel]] as const) {
+        for (const [n, on] of [
+          [1, single],
+          [many, parallel],
+        ] as const) {
           const engine = await context.engine(variant, n);
           const workload = setup(engine);
           const loop = { ...loopOf(on), name: named(n, loopOf(on).name) };

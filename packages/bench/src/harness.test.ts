@@ -2,7 +2,16 @@
 import { engine } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
 import { describe, expect, it } from "vitest";
-import { type Clock, compare, type Contender, contender, measure, relativeError, speedup, summarise } from "./harness.ts";
+import {
+  type Clock,
+  type Contender,
+  compare,
+  contender,
+  measure,
+  relativeError,
+  speedup,
+  summarise,
+} from "./harness.ts";
 
 /** Time passes only when a contender works: `seconds(run)` wall and twice that on the CPU. */
 const machine = () => {
@@ -64,6 +73,11 @@ describe("measure", () => {
       clock: { now: clock.now, cpu: () => undefined },
     });
     expect(timing?.cpu).toBeUndefined();
+    const outside = { ...worker("b", () => 1), outside: true };
+    const [own, other] = await measure([worker("a", () => 1), outside], { repetitions: 1, pauseSeconds: 0, clock });
+    expect(own?.cpu?.median).toBe(2);
+    expect(other?.cpu).toBeUndefined();
+    expect(own && other && cpuSpeedup(own, other)).toBeUndefined();
   });
 
   it("uses the host's clocks by default", async () => {
@@ -81,10 +95,14 @@ describe("speedup", () => {
   it("pairs the samples, so a drift of the machine cancels", async () => {
     const { clock, worker } = machine();
     const options = { repetitions: 4, minimumSeconds: 0, pauseSeconds: 0, clock };
-    const [ours, peer] = await measure([worker("ours", (run) => 2 ** run), worker("peer", (run) => 3 * 2 ** run)], options);
+    const [ours, peer] = await measure(
+      [worker("ours", (run) => 2 ** run), worker("peer", (run) => 3 * 2 ** run)],
+      options,
+    );
     if (ours === undefined || peer === undefined) throw new Error("two timings expected");
     expect(speedup(ours, peer)).toEqual({ median: 3, min: 3, max: 3, count: 4 });
     expect(speedup(peer, ours).median).toBeCloseTo(1 / 3, 12);
+    expect(cpuSpeedup(ours, peer)).toEqual({ median: 3, min: 3, max: 3, count: 4 });
     expect(() => speedup(ours, { ...peer, samples: [1] })).toThrow("ours has 4 samples, peer has 1");
   });
 });

@@ -26,6 +26,8 @@ export interface Contender {
   run(): unknown | Promise<unknown>;
   /** The result, for checking that all contenders compute the same. */
   output?(): Promise<ArrayLike<number>>;
+  /** It works in another process: our clock sees none of its CPU time. */
+  readonly outside?: boolean;
   dispose?(): void | Promise<void>;
 }
 
@@ -41,7 +43,8 @@ export interface Timing {
   /** Seconds per run, one entry per repetition, in the order they were taken. */
   readonly samples: readonly number[];
   readonly wall: Summary;
-  /** CPU seconds per run over all threads; absent where the host cannot tell (browsers). */
+  /** CPU seconds per run over all threads, alike; absent where the host cannot tell (browsers, other processes). */
+  readonly cpuSamples?: readonly number[];
   readonly cpu?: Summary;
   /** Runs averaged into one sample. */
   readonly runs: number;
@@ -97,7 +100,10 @@ export async function measure(
 ): Promise<readonly Timing[]> {
   const entries: { contender: Contender; runs: number; wall: number[]; cpu: number[] }[] = [];
   for (const contender of contenders) {
-    await contender.run(); // compiles, packs, grows memory
+    // Engines compile better what has run for a while; packing and growing memory happen here too.
+    const warm = clock.now() + minimumSeconds;
+    do await contender.run();
+    while (clock.now() < warm);
     const start = clock.now();
     await contender.run();
     const once = Math.max(clock.now() - start, 1e-7);
@@ -113,26 +119,36 @@ export async function measure(
       for (let run = 0; run < entry.runs; run++) await entry.contender.run();
       entry.wall.push((clock.now() - start) / entry.runs);
       const cpuEnd = clock.cpu();
-      if (cpu !== undefined && cpuEnd !== undefined) entry.cpu.push((cpuEnd - cpu) / entry.runs);
+      if (cpu !== undefined && cpuEnd !== undefined && !entry.contender.outside) entry.cpu.push((cpuEnd - cpu) / entry.runs);
     }
   }
   return entries.map(({ contender, runs, wall, cpu }) => ({
     name: contender.name,
     samples: wall,
     wall: summarise(wall),
-    ...(cpu.length > 0 && { cpu: summarise(cpu) }),
+    ...(cpu.length > 0 && { cpuSamples: cpu, cpu: summarise(cpu) }),
     runs,
   }));
 }
 
 /** How many times faster `ours` is than `peer`: above 1 we win. Paired by repetition, so slow drifts cancel. */
 export function speedup(ours: Timing, peer: Timing): Summary {
-  if (ours.samples.length !== peer.samples.length) {
+  return paired(ours, peer, ({ samples }) => samples);
+}
+
+/** The same in CPU seconds, which a busy machine disturbs less; undefined where one of the two has none. */
+export function cpuSpeedup(ours: Timing, peer: Timing): Summary | undefined {
+  return ours.cpuSamples && peer.cpuSamples ? paired(ours, peer, ({ cpuSamples = [] }) => cpuSamples) : undefined;
+}
+
+function paired(ours: Timing, peer: Timing, of: (timing: Timing) => readonly number[]): Summary {
+  const [own, other] = [of(ours), of(peer)];
+  if (own.length !== other.length) {
     throw new RangeError(
-      `speedup: ${ours.name} has ${ours.samples.length} samples, ${peer.name} has ${peer.samples.length}; measure them together`,
+      `speedup: ${ours.name} has ${own.length} samples, ${peer.name} has ${other.length}; measure them together`,
     );
   }
-  return summarise(ours.samples.map((seconds, i) => (peer.samples[i] as number) / seconds));
+  return summarise(own.map((seconds, i) => (other[i] as number) / seconds));
 }
 
 /** |found - expected| over the largest |expected|; NaN or another length is an infinite error. */
@@ -200,6 +216,7 @@ export interface Ratio {
   readonly peer: string;
   /** Above 1 we are faster. */
   readonly speedup: Summary;
+  readonly cpuSpeedup?: Summary;
 }
 
 export interface Comparison {
@@ -212,7 +229,8 @@ export interface CompareOptions extends MeasureOptions {
   readonly tolerance?: number;
 }
 
-const reason = (error: unknown): string => (error instanceof Error ? error.message : String(error)).split("\n")[0] ?? "";
+const reason = (error: unknown): string =>
+  (error instanceof Error ? error.message : String(error)).split("\n")[0] ?? "";
 
 /**
  * Sets all candidates up, checks that their results agree with the first of ours, and measures them in turn. A peer that fails or
@@ -262,7 +280,9 @@ export async function compare(
     const ratios = ours.flatMap((own) =>
       peers.flatMap((peer): Ratio[] => {
         const [a, b] = [timingOf(own.name), timingOf(peer.name)];
-        return a && b ? [{ ours: own.name, peer: peer.name, speedup: speedup(a, b) }] : [];
+        if (!a || !b) return [];
+        const cpu = cpuSpeedup(a, b);
+        return [{ ours: own.name, peer: peer.name, speedup: speedup(a, b), ...(cpu && { cpuSpeedup: cpu }) }];
       }),
     );
     return { entries, ratios };

@@ -1,8 +1,9 @@
 // Reverse-mode differentiation as a decorator of `run`: it records a graph of ops and walks it back. Decorators nest, so
 // gradients of gradients are autodiff(autodiff(engine)).
+
+import { consume, type Decorator, decorator, type Wrapped } from "./decorator.ts";
 import type { Engine } from "./engine.ts";
 import { alias } from "./engine.ts";
-import { consume, type Decorator, decorator, type Wrapped } from "./decorator.ts";
 import { ShapeError, UnsupportedError } from "./errors.ts";
 import { at, type Op } from "./op.ts";
 import { add, mul, stopGradient } from "./ops/elementwise.ts";
@@ -130,7 +131,8 @@ function levelOf(on: Engine, what: string): Decorator<Recorded> {
  */
 export function grad<P extends Tree>(loss: Tensor, params: P): P {
   const level = levelOf(loss.engine, "grad");
-  if (loss.size !== 1) throw new ShapeError(`grad: the loss must be one number, it is ${show(loss)}; sum or average it first`);
+  if (loss.size !== 1)
+    throw new ShapeError(`grad: the loss must be one number, it is ${show(loss)}; sum or average it first`);
   const scopes = loss.engine.scopes;
   const contentOf = (x: Tensor): Recorded | undefined => level.content(x, "grad");
 
@@ -138,7 +140,9 @@ export function grad<P extends Tree>(loss: Tensor, params: P): P {
   for (const [path, leaf] of leaves(params)) {
     const content = contentOf(leaf);
     if (!content) {
-      throw new UnsupportedError(`grad: parameter "${path}" lives on ${leaf.engine.name}, not on ${loss.engine.name}; watch() it first`);
+      throw new UnsupportedError(
+        `grad: parameter "${path}" lives on ${leaf.engine.name}, not on ${loss.engine.name}; watch() it first`,
+      );
     }
     targets.add(content);
   }
@@ -163,7 +167,9 @@ export function grad<P extends Tree>(loss: Tensor, params: P): P {
   const needed = new Set<Node>();
   const needs = (x: Tensor): boolean => {
     const content = contentOf(x);
-    return content !== undefined && content.tracked && (targets.has(content) || (content.node !== undefined && needed.has(content.node)));
+    return (
+      content?.tracked === true && (targets.has(content) || (content.node !== undefined && needed.has(content.node)))
+    );
   };
   for (const node of nodes) if (node.inputs.some(needs)) needed.add(node);
 
@@ -175,12 +181,20 @@ export function grad<P extends Tree>(loss: Tensor, params: P): P {
     if (!node) return { get: () => ofLeaf.get(content), set: (x) => void ofLeaf.set(content, x) };
     const list = ofNode.get(node) ?? [];
     ofNode.set(node, list);
-    return { get: () => list[content.result], set: (x) => void (list[content.result] = x) };
+    return {
+      get: () => list[content.result],
+      set: (x) => {
+        list[content.result] = x;
+      },
+    };
   };
   const accumulate = (content: Recorded, gradient: Tensor): void => {
     const entry = slot(content);
     const before = entry.get();
-    if (!before) return entry.set(gradient);
+    if (!before) {
+      entry.set(gradient);
+      return;
+    }
     const sum = release(add(before.engine.give(before), gradient));
     gradient.dispose();
     entry.set(sum);
@@ -300,7 +314,10 @@ export function vjpOfFallback<A>(
       total = total ? add(total, part) : part;
     });
     if (!total) return inputs.map(() => undefined);
-    const gradients = grad(total, watched.filter((x) => x.engine === outer));
+    const gradients = grad(
+      total,
+      watched.filter((x) => x.engine === outer),
+    );
     let next = 0;
     return watched.map((x) => (x.engine === outer ? gradients[next++] : undefined));
   });

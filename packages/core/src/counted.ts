@@ -18,18 +18,25 @@ const bytesOf = (x: Spec): number => sizeOf(x.shape) * { f32: 4, i32: 4, f16: 2,
 const dim = (x: Spec | undefined, axis: number): number => x?.shape.at(axis) ?? 0;
 
 /** FLOPs where the shapes tell them. Multiply and add count as two. */
-const dense: Record<string, (inputs: readonly Spec[], results: readonly Spec[], attrs: { transposeA?: boolean }) => number> = {
+const dense: Record<
+  string,
+  (inputs: readonly Spec[], results: readonly Spec[], attrs: { transposeA?: boolean }) => number
+> = {
   matmul: ([a], [y], { transposeA = false }) => 2 * sizeOf(y?.shape ?? []) * dim(a, transposeA ? -2 : -1),
   linear: ([x], [y]) => 2 * sizeOf(y?.shape ?? []) * dim(x, -1),
   // scores and output; a causal mask halves neither here: it is what a dense evaluation costs
-  attention: ([q, k, v]) => 2 * sizeOf(q?.shape ?? []) * dim(k, 1) + 2 * dim(q, 0) * dim(q, 1) * dim(q, 2) * dim(k, 1) * dim(v, -1),
+  attention: ([q, k, v]) =>
+    2 * sizeOf(q?.shape ?? []) * dim(k, 1) + 2 * dim(q, 0) * dim(q, 1) * dim(q, 2) * dim(k, 1) * dim(v, -1),
   attentionGrad: ([q, k]) => 10 * sizeOf(q?.shape ?? []) * dim(k, 1),
 };
 /** FLOPs per dispatched row: how many rows there are only the device knows. The input that tells is `ends` (or ids). */
 const ragged: Record<string, { readonly input: number; perRow(inputs: readonly Spec[]): number }> = {
   groupedMatmul: { input: 2, perRow: ([, w]) => 2 * dim(w, 1) * dim(w, 2) },
   groupedOuter: { input: 2, perRow: ([a, b]) => 2 * dim(a, 1) * dim(b, 1) },
-  moeExperts: { input: 3, perRow: ([, gateUp, down]) => 2 * dim(gateUp, 1) * dim(gateUp, 2) + 2 * dim(down, 1) * dim(down, 2) },
+  moeExperts: {
+    input: 3,
+    perRow: ([, gateUp, down]) => 2 * dim(gateUp, 1) * dim(gateUp, 2) + 2 * dim(down, 1) * dim(down, 2),
+  },
 };
 
 /**
@@ -41,7 +48,8 @@ export function counted(inner: Engine): Engine & {
   settle(): Promise<void>;
 } {
   const counts = new Map<string, OpCount>();
-  let pending: { readonly name: string; readonly sizes: Tensor; readonly experts: number; readonly perRow: number }[] = [];
+  let pending: { readonly name: string; readonly sizes: Tensor; readonly experts: number; readonly perRow: number }[] =
+    [];
   const count = (name: string, calls: number, flops: number, bytes: number): void => {
     const before = counts.get(name) ?? { calls: 0, flops: 0, bytes: 0 };
     counts.set(name, { calls: before.calls + calls, flops: before.flops + flops, bytes: before.bytes + bytes });

@@ -27,12 +27,12 @@ export function decorator<C extends Wrapped>(
   inner: Engine,
   self: () => Engine,
   make: (inner: Tensor) => C,
-  free: (content: C) => void = () => {},
+  free?: (content: C) => void,
 ): Decorator<C> {
   const device = {
     free(content: C): void {
       content.inner.dispose();
-      free(content);
+      free?.(content);
     },
     read: (x: Stored<C>): Promise<TypedArray> => x.storage.content.inner.data(),
   };

@@ -31,7 +31,8 @@ import {
 } from "./index.ts";
 
 const list = async (x: Tensor): Promise<number[]> => [...(await x.data())];
-const of = (e: ReturnType<typeof engine>, ...values: number[]): Tensor => e.tensor(Float32Array.from(values), [values.length]);
+const of = (e: ReturnType<typeof engine>, ...values: number[]): Tensor =>
+  e.tensor(Float32Array.from(values), [values.length]);
 
 describe("scope", () => {
   it("frees everything but what it returns, nested too", async () => {
@@ -278,7 +279,10 @@ describe("counted", () => {
   it("counts dense, composite and ragged ops, forward and backward", async () => {
     const e = engine(cpu());
     const c = counted(e);
-    const [rows, w] = [c.tensor(new Float32Array(5 * 3).fill(1), [5, 3]), c.tensor(new Float32Array(2 * 4 * 3).fill(1), [2, 4, 3])];
+    const [rows, w] = [
+      c.tensor(new Float32Array(5 * 3).fill(1), [5, 3]),
+      c.tensor(new Float32Array(2 * 4 * 3).fill(1), [2, 4, 3]),
+    ];
     const ends = c.tensor(Int32Array.of(1, 4), [2]);
     const y = c.scope(() => sqrt(recip(matmul(groupedMatmul(rows, w, ends), c.tensor(new Float32Array(8), [4, 2])))));
     await c.settle();

@@ -93,7 +93,9 @@ export function engine<H>(backend: Backend<H>): Engine {
         });
         const handles = kernel(xs.map(operand), wanted, attrs);
         if (handles.length !== specs.length) {
-          throw new Error(`kernel ${op.name} of ${backend.name} gave ${handles.length} results, expected ${specs.length}`);
+          throw new Error(
+            `kernel ${op.name} of ${backend.name} gave ${handles.length} results, expected ${specs.length}`,
+          );
         }
         results = specs.map((spec, i) => {
           const handle = handles[i] as H;
@@ -143,7 +145,8 @@ export function engine<H>(backend: Backend<H>): Engine {
 
 /** A second reference to the same storage, owned by the caller and by no scope. */
 export function alias(x: Tensor): Tensor {
-  if (!(x instanceof Stored)) throw new UnsupportedError("a tensor of another copy of @switchyard/core; install one copy");
+  if (!(x instanceof Stored))
+    throw new UnsupportedError("a tensor of another copy of @switchyard/core; install one copy");
   if (!x.alive) throw new Error(gone(x));
   return x.another();
 }
@@ -156,8 +159,11 @@ export function dtypeOf(data: TypedArray): DType {
 }
 
 export function checkData(data: TypedArray, shape: readonly number[]): void {
-  if (shape.some((d) => !Number.isInteger(d) || d < 0)) throw new ShapeError(`tensor: shape [${shape.join(", ")}] is not made of counts`);
+  if (shape.some((d) => !Number.isInteger(d) || d < 0))
+    throw new ShapeError(`tensor: shape [${shape.join(", ")}] is not made of counts`);
   if (data.length !== sizeOf(shape)) {
-    throw new ShapeError(`tensor: shape [${shape.join(", ")}] needs ${sizeOf(shape)} elements, the data has ${data.length}`);
+    throw new ShapeError(
+      `tensor: shape [${shape.join(", ")}] needs ${sizeOf(shape)} elements, the data has ${data.length}`,
+    );
   }
 }

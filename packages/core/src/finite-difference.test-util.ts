@@ -25,7 +25,12 @@ export async function gradientError(
 ): Promise<number> {
   const root = precise();
   const values = shapes.map(
-    (shape, i) => options.values?.[i] ?? numbers(shape.reduce((n, d) => n * d, 1), i + 1),
+    (shape, i) =>
+      options.values?.[i] ??
+      numbers(
+        shape.reduce((n, d) => n * d, 1),
+        i + 1,
+      ),
   );
   const scalar = (inputs: Tensor[]): Tensor => {
     const ys = f(...inputs);

@@ -7,9 +7,22 @@ const mean = (x: Float64Array): number => x.reduce((n, v) => n + v, 0) / x.lengt
 
 describe("random", () => {
   it("is a function of its keys alone", () => {
-    const draw = (...key: (string | number)[]) => [...source(7).at(...key).host("uniform", 5)];
+    const draw = (...key: (string | number)[]) => [
+      ...source(7)
+        .at(...key)
+        .host("uniform", 5),
+    ];
     expect(draw("step", 3)).toEqual(draw("step", 3));
-    const all = [draw("step", 3), draw("step", 4), draw("ste", "p", 3), draw("3", "step"), draw(3), draw("3"), draw(3.5), draw(-3)];
+    const all = [
+      draw("step", 3),
+      draw("step", 4),
+      draw("ste", "p", 3),
+      draw("3", "step"),
+      draw(3),
+      draw("3"),
+      draw(3.5),
+      draw(-3),
+    ];
     expect(new Set(all.map((x) => x.join())).size).toBe(all.length);
     expect([...source(8).host("uniform", 5)]).not.toEqual([...source(7).host("uniform", 5)]);
     expect(source(7).at("a").at("b").host("normal", 3)).toEqual(source(7).at("a", "b").host("normal", 3));
@@ -36,7 +49,8 @@ describe("random", () => {
   it("fills 16 bins evenly (chi-squared)", () => {
     const bins = new Float64Array(16);
     const n = 64_000;
-    for (const v of source(9).at("layer", 3, "noise").host("uniform", n)) bins[Math.floor(v * 16)] = (bins[Math.floor(v * 16)] ?? 0) + 1;
+    for (const v of source(9).at("layer", 3, "noise").host("uniform", n))
+      bins[Math.floor(v * 16)] = (bins[Math.floor(v * 16)] ?? 0) + 1;
     const chi = bins.reduce((sum, count) => sum + (count - n / 16) ** 2 / (n / 16), 0);
     expect(chi).toBeLessThan(37.7); // 0.999 quantile of 15 degrees of freedom
   });

@@ -37,12 +37,7 @@ export function runScope<R>(scopes: Scopes, body: () => R): R {
 }
 
 /** Moves every tensor reachable from `value` through plain records, lists and maps out of `frame` into `parent`. */
-function keep(
-  value: unknown,
-  frame: Frame,
-  parent: Frame | undefined,
-  seen: Set<object>,
-): void {
+function keep(value: unknown, frame: Frame, parent: Frame | undefined, seen: Set<object>): void {
   if (typeof value !== "object" || value === null || seen.has(value)) return;
   seen.add(value);
   if (value instanceof Stored) {

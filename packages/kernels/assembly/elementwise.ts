@@ -440,7 +440,7 @@ export function cast(job: Cast, from: i32, to: i32, scratch: usize): void {
     if (target >= INT_KIND) {
       if (!whole) int = <i32>float;
       if (target == INT_KIND) store<i32>(job.y + (at << 2), int);
-      else store<u8>(job.y + at, <u8>int);
+      else store<u8>(job.y + at, <u8>max(0, min(255, int))); // saturating, like the conversion to i32
     } else {
       if (whole) float = <f32>int;
       if (target == F32_KIND) store<f32>(job.y + (at << 2), float);

@@ -70,7 +70,13 @@ export class TransformerCache implements KvCache {
       throw new ShapeError(`cache: cannot be cut to ${length} positions, it holds ${this.length}`);
     }
     // A layer may be longer than the others when a pass failed half-way.
-    this.#change((x) => slice(x, x.shape.map(() => 0), x.shape.map((size, axis) => (axis === 1 ? Math.min(length, size) : size))));
+    this.#change((x) =>
+      slice(
+        x,
+        x.shape.map(() => 0),
+        x.shape.map((size, axis) => (axis === 1 ? Math.min(length, size) : size)),
+      ),
+    );
   }
 
   dispose(): void {

@@ -32,7 +32,11 @@ const last = { last: "config.json" };
 
 describe("openCheckpoint", () => {
   it("lists, describes and reads whole tensors and ranges", async () => {
-    await saveFiles(folder, [plain("config.json", '{"a":1}'), weights("model.safetensors", { x: [1, 2, 3], y: [] })], last);
+    await saveFiles(
+      folder,
+      [plain("config.json", '{"a":1}'), weights("model.safetensors", { x: [1, 2, 3], y: [] })],
+      last,
+    );
     const checkpoint = await openCheckpoint(folder);
     expect(checkpoint.config).toEqual({ a: 1 });
     expect(checkpoint.names).toEqual(["x", "y"]);
@@ -78,7 +82,9 @@ describe("openCheckpoint", () => {
   const open = (files: Record<string, string | Uint8Array>) =>
     readCheckpoint(async (name) => {
       const content = files[name];
-      return content === undefined ? undefined : bytesSource(name, typeof content === "string" ? text(content) : content);
+      return content === undefined
+        ? undefined
+        : bytesSource(name, typeof content === "string" ? text(content) : content);
     }, "here");
   it.each([
     ["no config", {}, /here has no config.json/],
@@ -127,7 +133,10 @@ describe("saveFiles", () => {
   it("replaces files, removes stale ones and leaves strangers alone", async () => {
     await saveFiles(folder, [plain("config.json", "1"), plain("a", "1"), plain("stale", "1")], last);
     await writeFile(join(folder, "mine"), "kept");
-    await saveFiles(folder, [plain("config.json", "2"), plain("a", "2")], { ...last, isStale: (name) => name === "stale" });
+    await saveFiles(folder, [plain("config.json", "2"), plain("a", "2")], {
+      ...last,
+      isStale: (name) => name === "stale",
+    });
     expect(await state()).toEqual({ a: "2", "config.json": "2", mine: "kept" });
   });
 
@@ -158,6 +167,24 @@ describe("saveFiles", () => {
     expect(await readdir(folder)).toEqual([]);
     await saveFiles(deep, [plain("config.json", "1")], last);
     expect(await readdir(deep)).toEqual(["config.json"]);
+  });
+
+  it.each([
+    ["ENOSPC", "the disk is full"],
+    ["EACCES", "permission denied"],
+    ["EROFS", "the file system is read-only"],
+  ])("says %s in words", async (code, words) => {
+    const broken: FileToSave = {
+      name: "a",
+      async *content() {
+        yield text("half");
+        throw Object.assign(new Error(`${code}: from the system`), { code });
+      },
+    };
+    const save = saveFiles(folder, [broken], last);
+    await expect(save).rejects.toThrow(`cannot save to ${folder}: ${words}; nothing was changed`);
+    await expect(save).rejects.toSatisfy(CheckpointError.isInstance);
+    expect(await readdir(folder)).toEqual([]);
   });
 
   it("says what is wrong with the place", async () => {

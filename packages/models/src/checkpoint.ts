@@ -56,7 +56,7 @@ async function readJson(open: OpenFile, name: string): Promise<{ readonly [key: 
 async function listFiles(open: OpenFile, where: string): Promise<Map<string, Set<string> | undefined>> {
   const index = await readJson(open, "model.safetensors.index.json");
   if (!index) return new Map([["model.safetensors", undefined]]);
-  const map = index["weight_map"];
+  const map = index.weight_map;
   if (!isRecord(map)) throw new CheckpointError(`${where}: model.safetensors.index.json has no weight_map`);
   const files = new Map<string, Set<string> | undefined>();
   for (const [name, file] of Object.entries(map)) {
@@ -98,7 +98,9 @@ export async function readCheckpoint(open: OpenFile, where: string): Promise<Ope
       }
       for (const [name, stored] of header.tensors) {
         if (expected && !expected.has(name)) {
-          throw new CheckpointError(`${source.name} holds the tensor ${quote(name)}, which the index does not place there`);
+          throw new CheckpointError(
+            `${source.name} holds the tensor ${quote(name)}, which the index does not place there`,
+          );
         }
         tensors.set(name, { ...stored, source });
       }
@@ -122,7 +124,9 @@ export async function readCheckpoint(open: OpenFile, where: string): Promise<Ope
     async read(name, range) {
       const { from, to, source } = find(name);
       const [start, end] = range ?? [0, to - from];
-      if (!(Number.isSafeInteger(start) && Number.isSafeInteger(end) && start >= 0 && start <= end && end <= to - from)) {
+      if (
+        !(Number.isSafeInteger(start) && Number.isSafeInteger(end) && start >= 0 && start <= end && end <= to - from)
+      ) {
         throw new CheckpointError(`cannot read bytes ${start} to ${end} of tensor ${quote(name)}: it has ${to - from}`);
       }
       return source.read(from + start, from + end);

@@ -19,7 +19,8 @@ export class ConfigReader {
 
   #typed<T>(key: string, fallback: T | undefined, expected: string, is: (value: Json) => value is Json & T): T {
     const value = this.get(key) ?? fallback;
-    if (value === undefined) throw new CheckpointError(`${this.#where}: ${quote(key)} is missing, expected ${expected}`);
+    if (value === undefined)
+      throw new CheckpointError(`${this.#where}: ${quote(key)} is missing, expected ${expected}`);
     if (is(value as Json)) return value as T;
     const found = quote(JSON.stringify(value));
     throw new CheckpointError(`${this.#where}: ${quote(key)} is ${found}, expected ${expected}`);
@@ -48,6 +49,8 @@ export class ConfigReader {
     const value = this.get(key);
     if (value === undefined || harmless.some((x) => JSON.stringify(x) === JSON.stringify(value))) return;
     const allowed = harmless.length ? `; only ${harmless.map((x) => JSON.stringify(x)).join(" or ")} is known` : "";
-    throw new CheckpointError(`${this.#where}: ${quote(key)} is ${quote(JSON.stringify(value))}, which this package cannot run${allowed}`);
+    throw new CheckpointError(
+      `${this.#where}: ${quote(key)} is ${quote(JSON.stringify(value))}, which this package cannot run${allowed}`,
+    );
   }
 }

@@ -123,7 +123,8 @@ export async function saveFiles(folder: string, files: readonly FileToSave[], op
     const present = new Set(await readdir(folder));
     const stale = [...present].filter((name) => !names.has(name) && options.isStale?.(name));
     // One file takes the place of its predecessor in one rename; only a set needs them out of the way first.
-    const leaving = files.length === 1 && stale.length === 0 ? [] : [...present].filter((x) => names.has(x)).concat(stale);
+    const leaving =
+      files.length === 1 && stale.length === 0 ? [] : [...present].filter((x) => names.has(x)).concat(stale);
     for (const name of leaving.sort((a, b) => Number(b === options.last) - Number(a === options.last))) {
       await rename(join(folder, name), aside(name));
       undo.push(() => rename(aside(name), join(folder, name)));

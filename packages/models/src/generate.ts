@@ -1,6 +1,6 @@
 // Text generation, one token after the other, with a cache. Sampling is done on the host in float64, so that a seed gives the
 // same text on every backend whose logits agree.
-import { ShapeError, random } from "@switchyard/core";
+import { random, ShapeError } from "@switchyard/core";
 import type { Tokenizer } from "./tokenizer.ts";
 import type { Transformer } from "./transformer.ts";
 
@@ -52,7 +52,7 @@ export async function* generate(
   const pick = sampler(options);
   const { maxNew = config.context } = options;
   const draws = random(engine, seed);
-  const decoder = new TextDecoder("utf-8");
+  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
   const cache = cached ? model.newCache(1) : undefined;
   try {
     let input = ids;
@@ -84,7 +84,9 @@ export async function* generate(
 
 function promptIds({ prompt, tokenizer }: GenerateOptions, vocabulary: number): number[] {
   if (typeof prompt === "string" && !tokenizer) throw new ShapeError("generate: a text prompt needs a tokenizer");
-  const ids = Array.from(typeof prompt === "string" && tokenizer ? tokenizer.encode(prompt) : (prompt as ArrayLike<number>));
+  const ids = Array.from(
+    typeof prompt === "string" && tokenizer ? tokenizer.encode(prompt) : (prompt as ArrayLike<number>),
+  );
   if (ids.length === 0) throw new ShapeError("generate: the prompt is empty; begin with at least one token");
   const wrong = ids.find((id) => !Number.isInteger(id) || id < 0 || id >= vocabulary);
   if (wrong !== undefined) throw new ShapeError(`generate: prompt id ${wrong} is not in a vocabulary of ${vocabulary}`);
@@ -99,12 +101,14 @@ function sampler({ temperature = 1, topK, topP, maxNew }: GenerateOptions): Pick
     throw new ShapeError(`generate: ${why}`);
   };
   if (!(temperature >= 0)) refuse(`temperature is ${temperature}, expected 0 or more`);
-  if (topK !== undefined && !(Number.isInteger(topK) && topK > 0)) refuse(`topK is ${topK}, expected a whole number from 1`);
+  if (topK !== undefined && !(Number.isInteger(topK) && topK > 0))
+    refuse(`topK is ${topK}, expected a whole number from 1`);
   if (topP !== undefined && !(topP > 0 && topP <= 1)) refuse(`topP is ${topP}, expected a number above 0, up to 1`);
   if (maxNew !== undefined && !(Number.isInteger(maxNew) && maxNew >= 0)) refuse(`maxNew is ${maxNew}`);
   return (logits, uniform) => {
     const top = logits.reduce((a, b) => Math.max(a, b), Number.NEGATIVE_INFINITY);
-    if (!Number.isFinite(top) || logits.some(Number.isNaN)) throw new Error("generate: the model's logits are not finite");
+    if (!Number.isFinite(top) || logits.some(Number.isNaN))
+      throw new Error("generate: the model's logits are not finite");
     const logSum = top + Math.log(logits.reduce((sum, x) => sum + Math.exp(x - top), 0));
     const result = (id: number) => ({ id, logProbability: (logits[id] as number) - logSum });
     if (temperature === 0) return result(logits.indexOf(top));

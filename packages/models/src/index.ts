@@ -3,7 +3,7 @@ export { olmoe, olmoeRefusal, type SpecialIds, writeOlmoe } from "./architecture
 export { type SwitchyardOptions, switchyard, writeSwitchyard } from "./architectures/switchyard.ts";
 export { TransformerCache } from "./cache.ts";
 export { type OpenCheckpoint, type OpenFile, openCheckpoint, readCheckpoint } from "./checkpoint.ts";
-export { type FileToSave, fileSource, saveFiles, type SaveOptions as SaveFilesOptions } from "./files.ts";
+export { type FileToSave, fileSource, type SaveOptions as SaveFilesOptions, saveFiles } from "./files.ts";
 export { type GeneratedToken, type GenerateOptions, generate } from "./generate.ts";
 export type { Architecture, Checkpoint, ForwardOptions, KvCache, Model, RoutingTrace } from "./model.ts";
 export { type ParameterCounts, parameterCounts } from "./parameter-counts.ts";
@@ -19,7 +19,7 @@ export {
   toFloat32,
 } from "./safetensors.ts";
 export { readSnapshot, writeSnapshot } from "./snapshot-file.ts";
-export { languageModelTask, type TextBatch } from "./task.ts";
+export { languageModelTask, randomWindows, type TextBatch } from "./task.ts";
 export { type Tokenizer, tokenizer } from "./tokenizer.ts";
 export {
   type TokenizerFiles,

@@ -25,7 +25,12 @@ export function plainTopK(k: number, spread = 1): RouterPlugin {
     options: { k },
     expertsPerToken: k,
     init: ({ engine: on, experts, width, random: draw }) => ({
-      params: { weight: on.tensor(draw.host("normal", experts * width).map((x) => x * spread), [experts, width]) },
+      params: {
+        weight: on.tensor(
+          draw.host("normal", experts * width).map((x) => x * spread),
+          [experts, width],
+        ),
+      },
       buffers: {},
       route: (params, { hidden }) => {
         const { weight } = params as { weight: Tensor };
@@ -57,7 +62,13 @@ export function loudModel(on: Engine, config: TransformerConfig) {
   const params = rebuild(model.params, (path, x) => {
     const base = path.endsWith("orm") ? 1 : 0;
     const scale = path.endsWith("orm") ? 0.3 : 0.5;
-    return on.tensor(draw.at(path).host("normal", x.size).map((v) => base + scale * v), x.shape);
+    return on.tensor(
+      draw
+        .at(path)
+        .host("normal", x.size)
+        .map((v) => base + scale * v),
+      x.shape,
+    );
   });
   return model.with({ params });
 }
@@ -69,7 +80,10 @@ function rebuild(tree: Tree, make: (path: string, x: Tensor) => Tensor): Tree {
     if (known) return known;
     if (Array.isArray(node)) return node.map((child: Tree, i) => visit(child, path ? `${path}.${i}` : `${i}`));
     return Object.fromEntries(
-      Object.entries(node as { [key: string]: Tree }).map(([key, child]) => [key, visit(child, path ? `${path}.${key}` : key)]),
+      Object.entries(node as { [key: string]: Tree }).map(([key, child]) => [
+        key,
+        visit(child, path ? `${path}.${key}` : key),
+      ]),
     );
   };
   return visit(tree, "");
@@ -77,11 +91,18 @@ function rebuild(tree: Tree, make: (path: string, x: Tensor) => Tensor): Tree {
 
 export const readAll = async (params: Tree): Promise<Map<string, number[]>> =>
   new Map(
-    await Promise.all(leaves(params).map(async ([path, x]) => [path, Array.from(await x.data())] as [string, number[]])),
+    await Promise.all(
+      leaves(params).map(async ([path, x]) => [path, Array.from(await x.data())] as [string, number[]]),
+    ),
   );
 
 /** Logits [sequence][vocabulary] of one sequence, written from the equations, sharing no code with the package. */
-export function naiveForward(config: TransformerConfig, p: Map<string, number[]>, ids: readonly number[], k: number): number[][] {
+export function naiveForward(
+  config: TransformerConfig,
+  p: Map<string, number[]>,
+  ids: readonly number[],
+  k: number,
+): number[][] {
   const { width, layers, heads, experts, hidden, vocabulary, ropeTheta = 10000, normEps = 1e-5 } = config;
   const kvHeads = config.kvHeads ?? heads;
   const d = config.headSize ?? width / heads;
@@ -92,7 +113,8 @@ export function naiveForward(config: TransformerConfig, p: Map<string, number[]>
     const scale = 1 / Math.sqrt(x.reduce((sum, v) => sum + v * v, 0) / x.length + normEps);
     return x.map((v, i) => v * scale * (w[i] ?? 0));
   };
-  const heads2 = (x: number[]): number[][] => Array.from({ length: x.length / d }, (_, h) => x.slice(h * d, (h + 1) * d));
+  const heads2 = (x: number[]): number[][] =>
+    Array.from({ length: x.length / d }, (_, h) => x.slice(h * d, (h + 1) * d));
   const turn = (x: number[], position: number): number[] =>
     x.map((v, i) => {
       const j = i % (d / 2);
@@ -130,7 +152,9 @@ export function naiveForward(config: TransformerConfig, p: Map<string, number[]>
         const shared = Math.floor(h / (heads / kvHeads));
         const q = projected[i]?.q[h] ?? [];
         const seen = projected.slice(0, i + 1);
-        const scores = seen.map(({ k: keys }) => q.reduce((sum, v, c) => sum + v * (keys[shared]?.[c] ?? 0), 0) / Math.sqrt(d));
+        const scores = seen.map(
+          ({ k: keys }) => q.reduce((sum, v, c) => sum + v * (keys[shared]?.[c] ?? 0), 0) / Math.sqrt(d),
+        );
         const top = Math.max(...scores);
         const e = scores.map((s) => Math.exp(s - top));
         const total = e.reduce((a, b) => a + b, 0);

@@ -16,7 +16,9 @@ export interface ParameterCounts {
 function shapesOnly(): Backend<object> {
   return {
     name: "shapes",
-    kernels: new Proxy({} as Backend<object>["kernels"], { get: () => (_: unknown, results: unknown[]) => results.map(() => ({})) }),
+    kernels: new Proxy({} as Backend<object>["kernels"], {
+      get: () => (_: unknown, results: unknown[]) => results.map(() => ({})),
+    }),
     upload: () => ({}),
     download: () => Promise.reject(new Error("a backend that knows shapes only has no numbers to read")),
     free: () => {},

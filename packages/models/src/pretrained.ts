@@ -5,7 +5,7 @@ import { switchyard, writeSwitchyard } from "./architectures/switchyard.ts";
 import { openCheckpoint } from "./checkpoint.ts";
 import { type FileToSave, saveFiles } from "./files.ts";
 import { encodeSafetensors } from "./safetensors.ts";
-import { type Tokenizer, tokenizer as makeTokenizer } from "./tokenizer.ts";
+import { tokenizer as makeTokenizer, type Tokenizer } from "./tokenizer.ts";
 import type { Transformer } from "./transformer.ts";
 
 export interface SaveOptions {
@@ -21,7 +21,8 @@ const json = (name: string, value: Json): FileToSave => ({
 });
 
 /** Files of an earlier save that would not belong to the new weights. */
-const ours = /^(model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|tokenizer(_config)?\.json|generation_config\.json)$/;
+const ours =
+  /^(model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|tokenizer(_config)?\.json|generation_config\.json)$/;
 
 /**
  * Saves a model, all or nothing, and says in which layout. Files in the folder that do not belong to a checkpoint stay.
@@ -100,11 +101,13 @@ export async function loadModel(folder: string, options: LoadOptions): Promise<L
   const checkpoint = await openCheckpoint(folder);
   try {
     const architectures = [olmoe, switchyard({ routers, otherOptions })];
-    const type = checkpoint.config["model_type"];
+    const type = checkpoint.config.model_type;
     const architecture = architectures.find(({ modelTypes }) => modelTypes.some((known) => known === type));
     if (!architecture) {
       const known = architectures.flatMap(({ modelTypes }) => modelTypes).join(", ");
-      throw new CheckpointError(`${folder}: model_type is ${JSON.stringify(type ?? null)}; this version loads ${known}`);
+      throw new CheckpointError(
+        `${folder}: model_type is ${JSON.stringify(type ?? null)}; this version loads ${known}`,
+      );
     }
     const content = await checkpoint.json("tokenizer.json");
     const config = await checkpoint.json("tokenizer_config.json");

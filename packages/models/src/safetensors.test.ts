@@ -64,7 +64,14 @@ describe("round trip", () => {
 describe("writing refuses", () => {
   const one = { dtype: "F32", shape: [1], bytes: () => new Uint8Array(4) };
   it.each([
-    ["equal names", [{ name: "a", ...one }, { name: "a", ...one }], /named "a".*taken/],
+    [
+      "equal names",
+      [
+        { name: "a", ...one },
+        { name: "a", ...one },
+      ],
+      /named "a".*taken/,
+    ],
     ["__proto__", [{ name: "layers.__proto__.x", ...one }], /not allowed/],
     ["an unknown dtype", [{ name: "a", ...one, dtype: "F31" }], /F31 \[1\]/],
     ["bytes that do not fit", [{ name: "a", ...one, shape: [2] }], /needs 8 bytes, got 4/],
@@ -94,8 +101,16 @@ describe("reading refuses", () => {
     ["a negative size", file(`{"a":${tensor("F32", [-1], 0, 4)}}`, 4), /whole numbers from 0 up, found "-1"/],
     ["a fractional size", file(`{"a":${tensor("F32", [1.5], 0, 4)}}`, 4), /found "1.5"/],
     ["a size in words", file(`{"a":${tensor("F32", ["1"], 0, 4)}}`, 4), /whole numbers from 0 up/],
-    ["a size beyond 2^53", file('{"a":{"dtype":"F32","shape":[9007199254740993],"data_offsets":[0,4]}}', 4), /beyond 2\^53/],
-    ["a product beyond 2^53", file(`{"a":${tensor("U8", [2 ** 40, 2 ** 40], 0, 4)}}`, 4), /no whole number of bytes below/],
+    [
+      "a size beyond 2^53",
+      file('{"a":{"dtype":"F32","shape":[9007199254740993],"data_offsets":[0,4]}}', 4),
+      /beyond 2\^53/,
+    ],
+    [
+      "a product beyond 2^53",
+      file(`{"a":${tensor("U8", [2 ** 40, 2 ** 40], 0, 4)}}`, 4),
+      /no whole number of bytes below/,
+    ],
     ["half a byte", file(`{"a":${tensor("F4", [3], 0, 2)}}`, 2), /no whole number of bytes/],
     ["a long shape", file(`{"a":${tensor("U8", new Array(65).fill(1), 0, 1)}}`, 1), /more than 64 entries/],
     ["three offsets", file('{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1,2]}}', 1), /more than 2 entries/],
@@ -139,7 +154,9 @@ describe("reading refuses", () => {
   });
 
   it("a hostile name without printing all of it", async () => {
-    const error: unknown = await read(file(`{"${"n".repeat(5000)}":${tensor("X", [1], 0, 4)}}`, 4)).catch((e: unknown) => e);
+    const error: unknown = await read(file(`{"${"n".repeat(5000)}":${tensor("X", [1], 0, 4)}}`, 4)).catch(
+      (e: unknown) => e,
+    );
     expect(String(error).length).toBeLessThan(500);
   });
 
@@ -151,9 +168,22 @@ describe("reading refuses", () => {
 });
 
 describe("toFloat32", () => {
-  const bytes = (array: ArrayBufferView): Uint8Array => new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
+  const bytes = (array: ArrayBufferView): Uint8Array =>
+    new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
   it("widens every finite half and its specials", () => {
-    const halves = Uint16Array.of(0x0000, 0x8000, 0x3c00, 0xc000, 0x0001, 0x03ff, 0x0400, 0x7bff, 0x7c00, 0xfc00, 0x7e00);
+    const halves = Uint16Array.of(
+      0x0000,
+      0x8000,
+      0x3c00,
+      0xc000,
+      0x0001,
+      0x03ff,
+      0x0400,
+      0x7bff,
+      0x7c00,
+      0xfc00,
+      0x7e00,
+    );
     const expected = [0, -0, 1, -2, 2 ** -24, 1023 * 2 ** -24, 2 ** -14, 65504, Infinity, -Infinity, Number.NaN];
     expect([...toFloat32(bytes(halves), "F16", "x")]).toEqual(expected);
   });

@@ -9,7 +9,7 @@ import { describe, expect, it } from "vitest";
 import { generate } from "./generate.ts";
 import { makeEngine, naiveForward, plainTopK, readAll, smallConfig } from "./models.test-util.ts";
 import { readSnapshot, writeSnapshot } from "./snapshot-file.ts";
-import { languageModelTask, type TextBatch } from "./task.ts";
+import { languageModelTask, randomWindows, type TextBatch } from "./task.ts";
 import { type TransformerConfig, transformer } from "./transformer.ts";
 
 // Sequences that count upwards modulo 11, from a start that depends on the index.
@@ -24,7 +24,11 @@ const batch = (index: number): TextBatch => {
 const config: TransformerConfig = { ...smallConfig, width: 16, headSize: 4, hidden: 8, router: topK({ k: 2 }) };
 const start = (on: Engine, router = config.router): Trainer<TextBatch> => {
   const model = transformer(on, { ...config, router }, random(on, 1));
-  return trainer(on, languageModelTask(model, { batch }), { optimiser: adamw({ learningRate: 0.01 }), seed: 3, clip: 1 });
+  return trainer(on, languageModelTask(model, { batch }), {
+    optimiser: adamw({ learningRate: 0.01 }),
+    seed: 3,
+    clip: 1,
+  });
 };
 
 describe("training", () => {
@@ -100,11 +104,29 @@ describe("training", () => {
     expect(loss).toBeCloseTo((nll(logits[0] ?? [], 2) + nll(logits[2] ?? [], 4)) / 2, 9);
   });
 
+  it("draws random windows that depend on the index only", () => {
+    const on = makeEngine();
+    const ids = Int32Array.from({ length: 40 }, (_, i) => i);
+    const windows = (sequence: number) => randomWindows(ids, { batch: 3, sequence, random: random(on, 2) });
+    const [a, b] = [windows(7).batch(5), windows(7).batch(5)];
+    expect(a).toEqual(b);
+    expect(a.shape).toEqual([3, 7]);
+    expect(a.labels).toEqual(a.ids.map((id) => id + 1));
+    const starts = (batch: TextBatch, sequence: number) => [0, 1, 2].map((row) => batch.ids[row * sequence]);
+    expect(windows(7).batch(6).ids).not.toEqual(a.ids);
+    // Every start is possible: the first, and the last whose label is still inside.
+    const seen = new Set(Array.from({ length: 200 }, (_, i) => starts(windows(37).batch(i), 37)).flat());
+    expect([...seen].sort()).toEqual([0, 1, 2]);
+    expect(() => windows(40)).toThrow(/40 ids are too few for windows of 40/);
+  });
+
   it("refuses batches that do not fit", () => {
     const on = makeEngine();
     const model = transformer(on, config, random(on, 1));
     const task = (bad: Partial<TextBatch>) => languageModelTask(model, { batch: () => ({ ...batch(0), ...bad }) });
-    expect(() => task({ ids: new Int32Array(11) }).batch(7)).toThrow(/batch 7: \[2,6\] needs 12 ids.*found 11, 12, none/);
+    expect(() => task({ ids: new Int32Array(11) }).batch(7)).toThrow(
+      /batch 7: \[2,6\] needs 12 ids.*found 11, 12, none/,
+    );
     expect(() => task({ ids: new Int32Array(12).fill(13) }).batch(0)).toThrow(/id 13 is not in a vocabulary of 13/);
     expect(() => task({ labels: new Int32Array(12).fill(-2) }).batch(0)).toThrow(/id -2/);
   });

@@ -1,5 +1,5 @@
 // A language model as a task for core's trainer: cross entropy of the next token, padding left out.
-import { crossEntropy, mul, type Pass, reshape, ShapeError, sum, type Task } from "@switchyard/core";
+import { crossEntropy, mul, type Pass, type Random, reshape, ShapeError, sum, type Task } from "@switchyard/core";
 import type { Transformer } from "./transformer.ts";
 
 /** Sequences on the host, row-major [batch, sequence]. */
@@ -17,10 +17,7 @@ export interface TextBatch {
  * buffers over: afterwards use `model.with({ params: trainer.params, buffers: trainer.buffers })`.
  * The loss is the mean over the labelled positions, in nats. `batch(index)` must give the same batch for the same index.
  */
-export function languageModelTask(
-  model: Transformer,
-  data: { batch(index: number): TextBatch },
-): Task<TextBatch> {
+export function languageModelTask(model: Transformer, data: { batch(index: number): TextBatch }): Task<TextBatch> {
   const { engine, config } = model;
   return {
     params: model.params,
@@ -59,4 +56,35 @@ function checked(batch: TextBatch, what: string, vocabulary: number): TextBatch 
   const wrong = ids.find((id) => id < 0 || id >= vocabulary) ?? labels.find((id) => id < -1 || id >= vocabulary);
   if (wrong !== undefined) throw new ShapeError(`${what}: id ${wrong} is not in a vocabulary of ${vocabulary}`);
   return batch;
+}
+
+/**
+ * Batches of random windows of a text: every index gives the same windows again, whatever came before. Labels are the ids one
+ * further on. Throws ShapeError where the text is shorter than one window.
+ *
+ * @example languageModelTask(model, randomWindows(ids, { batch: 8, sequence: 128, random: random(engine, 1) }))
+ */
+export function randomWindows(
+  ids: Int32Array,
+  options: { readonly batch: number; readonly sequence: number; readonly random: Random },
+): { batch(index: number): TextBatch } {
+  const { batch, sequence, random } = options;
+  const starts = ids.length - sequence;
+  if (starts < 1) {
+    throw new ShapeError(
+      `randomWindows: ${ids.length} ids are too few for windows of ${sequence} and the label after each`,
+    );
+  }
+  return {
+    batch(index) {
+      const from = Array.from(random.at("windows", index).host("uniform", batch), (u) => Math.floor(u * starts));
+      const gather = (ahead: number): Int32Array => {
+        const rows = new Int32Array(batch * sequence);
+        for (const [row, at] of from.entries())
+          rows.set(ids.subarray(at + ahead, at + ahead + sequence), row * sequence);
+        return rows;
+      };
+      return { shape: [batch, sequence], ids: gather(0), labels: gather(1) };
+    },
+  };
 }

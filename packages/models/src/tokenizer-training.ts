@@ -2,8 +2,8 @@
 // standard tokenizer.json. Ties are broken by the smaller pair of ids, as the Rust library does, so merges are equal.
 import type { Json } from "@switchyard/core";
 import { ShapeError } from "@switchyard/core";
-import { Heap } from "./heap.ts";
 import { characters, pause, pieces, wordPattern } from "./byte-level.ts";
+import { Heap } from "./heap.ts";
 
 export interface TokenizerProgress {
   /** "words": done and total are characters of text; "merges": entries of the vocabulary. */
@@ -76,8 +76,13 @@ async function countWords(
 async function learnMerges(
   words: ReadonlyMap<string, number>,
   tokens: string[],
-  { vocabulary, specialTokens, minimumCount, onProgress, signal }: Required<Pick<TokenizerTrainingOptions, Defaulted>> &
-    TokenizerTrainingOptions,
+  {
+    vocabulary,
+    specialTokens,
+    minimumCount,
+    onProgress,
+    signal,
+  }: Required<Pick<TokenizerTrainingOptions, Defaulted>> & TokenizerTrainingOptions,
 ): Promise<(readonly [a: number, b: number])[]> {
   const encoder = new TextEncoder();
   const ids = new Map(tokens.map((token, id) => [token, id]));
@@ -144,7 +149,9 @@ async function learnMerges(
       tokens.push(text);
       ids.set(text, merged);
     } else if (merged < specialTokens.length) {
-      throw new ShapeError(`trainTokenizer: the special token ${JSON.stringify(text)} is part of the text; choose another`);
+      throw new ShapeError(
+        `trainTokenizer: the special token ${JSON.stringify(text)} is part of the text; choose another`,
+      );
     }
     // In a run such as "aaa" the leftmost pair goes first. Only a token made twice can have brought them out of order.
     if (a === b) positions.sort((x, y) => x - y);

@@ -13,9 +13,9 @@ interface Golden {
   readonly samples: readonly { readonly text: string; readonly ids: number[] }[];
 }
 const specialTokens = ["<|endoftext|>", "<|pad|>"];
-const mergesOf = (files: TokenizerFiles): string[] => (files.tokenizer["model"] as { merges: string[] }).merges;
+const mergesOf = (files: TokenizerFiles): string[] => (files.tokenizer.model as { merges: string[] }).merges;
 const vocabOf = (files: TokenizerFiles): Record<string, number> =>
-  (files.tokenizer["model"] as { vocab: Record<string, number> }).vocab;
+  (files.tokenizer.model as { vocab: Record<string, number> }).vocab;
 
 let golden: Golden;
 let files: TokenizerFiles;
@@ -52,7 +52,8 @@ describe("trainTokenizer", () => {
       let best: { a: number; b: number; count: number } | undefined;
       for (const [key, count] of counts) {
         const [a = 0, b = 0] = key.split(",").map(Number);
-        const better = !best || count > best.count || (count === best.count && (a < best.a || (a === best.a && b < best.b)));
+        const better =
+          !best || count > best.count || (count === best.count && (a < best.a || (a === best.a && b < best.b)));
         if (better) best = { a, b, count };
       }
       if (!best || best.count < minimum) break;
@@ -144,7 +145,26 @@ describe("tokenizer", () => {
     fc.string({ unit: "grapheme", maxLength: 80 }),
     fc.string({ unit: "binary", maxLength: 80 }),
     fc
-      .array(fc.constantFrom("the", " banana", "\n\n", "  ", "\t", "'s", "'re", "日本", "🙂", "é", "e\u0301", "<|pad|>", "\u00a0", "\ufeff", "12", "=="))
+      .array(
+        fc.constantFrom(
+          "the",
+          " banana",
+          "\n\n",
+          "  ",
+          "\t",
+          "'s",
+          "'re",
+          "日本",
+          "🙂",
+          "é",
+          "e\u0301",
+          "<|pad|>",
+          "\u00a0",
+          "\ufeff",
+          "12",
+          "==",
+        ),
+      )
       .map((parts) => parts.join("")),
   );
 
@@ -166,12 +186,16 @@ describe("tokenizer", () => {
     expect([...ours.encode(text)]).toEqual(library.encode(text).ids);
     // Pieces of any size: no word changes.
     for (const size of [1, 7, 1000]) {
-      expect([...pieces(text, size)].flatMap((piece) => piece.match(wordPattern) ?? [])).toEqual(text.match(wordPattern));
+      expect([...pieces(text, size)].flatMap((piece) => piece.match(wordPattern) ?? [])).toEqual(
+        text.match(wordPattern),
+      );
     }
   });
 
   it("prefers the longest special token", async () => {
-    const nested = tokenizer(await trainTokenizer(["abc"], { vocabulary: 300, specialTokens: ["<a>", "<a>b", "[x]("] }));
+    const nested = tokenizer(
+      await trainTokenizer(["abc"], { vocabulary: 300, specialTokens: ["<a>", "<a>b", "[x]("] }),
+    );
     const other = new LibraryTokenizer(nested.files.tokenizer, nested.files.config);
     for (const text of ["<a>", "<a>b", "<a><a>bb", "x[x](<a", "[x]"]) {
       expect([...nested.encode(text)]).toEqual(other.encode(text).ids);
@@ -201,9 +225,21 @@ describe("tokenizer", () => {
   });
 
   it("leaves other kinds of tokenizer to the library", () => {
-    const model = { type: "WordPiece", unk_token: "[UNK]", vocab: { "[UNK]": 0, hello: 1 }, continuing_subword_prefix: "##" };
+    const model = {
+      type: "WordPiece",
+      unk_token: "[UNK]",
+      vocab: { "[UNK]": 0, hello: 1 },
+      continuing_subword_prefix: "##",
+    };
     const word = tokenizer({
-      tokenizer: { added_tokens: [], normalizer: null, pre_tokenizer: { type: "Whitespace" }, post_processor: null, decoder: null, model },
+      tokenizer: {
+        added_tokens: [],
+        normalizer: null,
+        pre_tokenizer: { type: "Whitespace" },
+        post_processor: null,
+        decoder: null,
+        model,
+      },
       config: {},
     });
     expect(word.encoder).toBe("library");

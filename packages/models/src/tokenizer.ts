@@ -38,15 +38,17 @@ interface AddedToken {
 }
 
 function addedTokens(files: TokenizerFiles): AddedToken[] {
-  const list = files.tokenizer["added_tokens"] ?? [];
+  const list = files.tokenizer.added_tokens ?? [];
   if (!Array.isArray(list)) throw new CheckpointError("tokenizer.json: added_tokens must be a list");
   return list.map((token: Json) => {
     const { id, content } = isRecord(token) ? token : {};
     if (!isRecord(token) || typeof id !== "number" || typeof content !== "string" || content === "") {
-      throw new CheckpointError(`tokenizer.json: an added token needs an id and a content, found ${JSON.stringify(token)}`);
+      throw new CheckpointError(
+        `tokenizer.json: an added token needs an id and a content, found ${JSON.stringify(token)}`,
+      );
     }
-    const plain = !token["single_word"] && !token["lstrip"] && !token["rstrip"] && !token["normalized"];
-    return { id, content, special: token["special"] === true, plain };
+    const plain = !token.single_word && !token.lstrip && !token.rstrip && !token.normalized;
+    return { id, content, special: token.special === true, plain };
   });
 }
 
@@ -54,13 +56,13 @@ function addedTokens(files: TokenizerFiles): AddedToken[] {
 function byteLevel({ tokenizer, config }: TokenizerFiles, added: readonly AddedToken[]): ByteLevel | string {
   const { model, pre_tokenizer: words, normalizer, post_processor: post } = tokenizer;
   if (normalizer) return "it has a normalizer";
-  if (!isRecord(words) || words["type"] !== "ByteLevel" || words["use_regex"] === false || words["add_prefix_space"]) {
+  if (!isRecord(words) || words.type !== "ByteLevel" || words.use_regex === false || words.add_prefix_space) {
     return "its pre-tokenizer is not plain ByteLevel";
   }
-  if (post && !(isRecord(post) && post["type"] === "ByteLevel")) return "it has a post-processor";
-  if (config["remove_space"] || config["do_lowercase_and_remove_accent"]) return "its configuration changes the text";
+  if (post && !(isRecord(post) && post.type === "ByteLevel")) return "it has a post-processor";
+  if (config.remove_space || config.do_lowercase_and_remove_accent) return "its configuration changes the text";
   if (added.some(({ plain }) => !plain)) return "an added token takes the spaces around it";
-  if (!isRecord(model) || (model["type"] ?? "BPE") !== "BPE") return "its model is not BPE";
+  if (!isRecord(model) || (model.type ?? "BPE") !== "BPE") return "its model is not BPE";
   for (const key of ["continuing_subword_suffix", "end_of_word_suffix", "byte_fallback", "ignore_merges"]) {
     if (model[key]) return `its model sets ${key}`;
   }
@@ -68,7 +70,9 @@ function byteLevel({ tokenizer, config }: TokenizerFiles, added: readonly AddedT
   if (!isRecord(vocab) || !Array.isArray(merges)) return "its model has no vocab and merges";
   const ids = new Map(Object.entries(vocab) as [string, number][]);
   if (characters.some((character) => !ids.has(character))) return "its vocabulary lacks a byte";
-  const pairs = merges.map((merge: Json) => (typeof merge === "string" ? merge.split(" ", 2) : merge) as [string, string]);
+  const pairs = merges.map(
+    (merge: Json) => (typeof merge === "string" ? merge.split(" ", 2) : merge) as [string, string],
+  );
   if (pairs.some(([a, b]) => !ids.has(a) || !ids.has(b) || !ids.has(a + b))) return "a merge is not in its vocabulary";
   return { vocab: ids, merges: pairs };
 }
@@ -81,8 +85,7 @@ interface Candidate {
   readonly b: number;
 }
 
-const sooner = (x: Candidate, y: Candidate): boolean =>
-  x.rank !== y.rank ? x.rank < y.rank : x.position < y.position;
+const sooner = (x: Candidate, y: Candidate): boolean => (x.rank !== y.rank ? x.rank < y.rank : x.position < y.position);
 
 /** Words longer than this are not remembered: they hardly come again. */
 const longestRemembered = 64;
@@ -198,7 +201,9 @@ export function tokenizer(files: TokenizerFiles): Tokenizer {
       const ids = new Ids();
       for (const part of split(text)) {
         if (typeof part !== "string") ids.push([part.id]);
-        else for (const piece of pieces(part)) for (const word of piece.match(wordPattern) ?? []) ids.push(encodeWord(word));
+        else
+          for (const piece of pieces(part))
+            for (const word of piece.match(wordPattern) ?? []) ids.push(encodeWord(word));
       }
       return ids.take();
     };

@@ -1,5 +1,16 @@
 // The transformer against naive loops, cached against uncached, step against forward, refusals, counts and live handles.
-import { type Engine, leaves, type RouterPlugin, random, type Tensor, type Tree, valueAndGrad, sum, mul, UnsupportedError } from "@switchyard/core";
+import {
+  type Engine,
+  leaves,
+  mul,
+  type RouterPlugin,
+  random,
+  sum,
+  type Tensor,
+  type Tree,
+  UnsupportedError,
+  valueAndGrad,
+} from "@switchyard/core";
 import { describe, expect, it } from "vitest";
 import { loudModel, makeEngine, naiveForward, plainTopK, readAll, smallConfig } from "./models.test-util.ts";
 import { parameterCounts } from "./parameter-counts.ts";
@@ -177,12 +188,20 @@ describe("cache and step", () => {
       [5, 6, 7, 10],
       [1, 2, 3, 11],
     ]);
-    close(next, [3, 7, 11].flatMap((i) => expected.slice(i * 13, (i + 1) * 13)), 1e-9);
+    close(
+      next,
+      [3, 7, 11].flatMap((i) => expected.slice(i * 13, (i + 1) * 13)),
+      1e-9,
+    );
     expect(() => cache.truncate(9)).toThrow(/cut to 9 positions, it holds 4/);
     expect(() => cache.reorder([3])).toThrow(/row 3 of a batch of 3/);
     cache.truncate(0);
     expect(cache.length).toBe(0);
-    close(await logitsOf(model, rows.concat([[0, 0, 0, 0]]), { cache }), await logitsOf(model, rows.concat([[0, 0, 0, 0]])), 1e-9);
+    close(
+      await logitsOf(model, rows.concat([[0, 0, 0, 0]]), { cache }),
+      await logitsOf(model, rows.concat([[0, 0, 0, 0]])),
+      1e-9,
+    );
   });
 
   it("keeps the cache as it was when a pass fails half-way", async () => {
@@ -221,7 +240,15 @@ describe("cache and step", () => {
 describe("what routers get", () => {
   it("carry from layer to layer, cache along the sequence, attention on demand, tokens and layout", async () => {
     const on = makeEngine(64);
-    const seen: { layer: number; carried: boolean; past: number; cached: number; attention: number[]; sums: number[]; ids: number[] }[] = [];
+    const seen: {
+      layer: number;
+      carried: boolean;
+      past: number;
+      cached: number;
+      attention: number[];
+      sums: number[];
+      ids: number[];
+    }[] = [];
     const inner = plainTopK(1);
     const router: RouterPlugin = {
       ...inner,
@@ -237,7 +264,10 @@ describe("what routers get", () => {
             pending.push(
               Promise.all([p.data(), input.tokenIds?.data()]).then(([values, ids]) => {
                 const rows = Array.from({ length: p.size / (past + sequence) }, (_, r) =>
-                  Array.from(values.slice(r * (past + sequence), (r + 1) * (past + sequence))).reduce((a, b) => a + b, 0),
+                  Array.from(values.slice(r * (past + sequence), (r + 1) * (past + sequence))).reduce(
+                    (a, b) => a + b,
+                    0,
+                  ),
                 );
                 seen.push({
                   layer: input.layer,
@@ -265,7 +295,16 @@ describe("what routers get", () => {
       ids.dispose();
     }
     await Promise.all(pending);
-    expect(seen.map(({ layer, carried, past, cached, attention, ids }) => ({ layer, carried, past, cached, attention, ids }))).toEqual([
+    expect(
+      seen.map(({ layer, carried, past, cached, attention, ids }) => ({
+        layer,
+        carried,
+        past,
+        cached,
+        attention,
+        ids,
+      })),
+    ).toEqual([
       { layer: 0, carried: false, past: 0, cached: 0, attention: [1, 4, 3, 3], ids: [1, 2, 3] },
       { layer: 1, carried: true, past: 0, cached: 0, attention: [1, 4, 3, 3], ids: [1, 2, 3] },
       { layer: 0, carried: false, past: 3, cached: 3, attention: [1, 4, 1, 4], ids: [4] },
@@ -283,7 +322,10 @@ describe("what routers get", () => {
       ...plainTopK(1),
       init(context) {
         const gru = context.shared("gru", () => ({ count: ++made, weight: on.tensor(new Float32Array(4), [4]) }));
-        return { ...plainTopK(1).init(context), params: { weight: on.tensor(new Float32Array(40), [5, 8]), gru: gru.weight } };
+        return {
+          ...plainTopK(1).init(context),
+          params: { weight: on.tensor(new Float32Array(40), [5, 8]), gru: gru.weight },
+        };
       },
     };
     transformer(on, { ...smallConfig, router }, random(on, 1));
@@ -304,7 +346,7 @@ describe("traces and hooks", () => {
     const trace = {
       record(layer: number, routed: { metrics?: Readonly<Record<string, Tensor>> }) {
         layers.push(layer);
-        if (routed.metrics?.["load"]) loads.push(routed.metrics["load"].data());
+        if (routed.metrics?.load) loads.push(routed.metrics.load.data());
       },
     };
     const observed: string[] = [];
@@ -383,11 +425,14 @@ describe("refusals", () => {
     const model = loudModel(on, smallConfig);
     const run = (rows: number[][], options = {}) => model.forward(model.params, idsOf(on, rows), options);
     expect(() => run([new Array(13).fill(1)])).toThrow(/13 positions \(0 of them cached\), but context is 12/);
-    expect(() => run([[1, 2]], { mask: on.tensor(new Float32Array(3), [1, 3]) })).toThrow(/mask is \[1,3\], expected .* \[1, 2\]/);
+    expect(() => run([[1, 2]], { mask: on.tensor(new Float32Array(3), [1, 3]) })).toThrow(
+      /mask is \[1,3\], expected .* \[1, 2\]/,
+    );
     expect(() => run([[1]], { cache: model.newCache(2) })).toThrow(/the cache has 2 rows, the ids have 1/);
     expect(() => run([[1]], { cache: model.newCache(1), training: true })).toThrow(/a cache is for inference/);
     expect(() => model.forward(model.params, on.tensor(new Float32Array(2), [1, 2]))).toThrow(/ids must be i32/);
-    const foreign = { length: 0, append() {}, reorder() {}, truncate() {}, dispose() {} };
+    const never = () => expect.fail("the cache was used");
+    const foreign = { length: 0, append: never, reorder: never, truncate: never, dispose: never };
     expect(() => run([[1]], { cache: foreign })).toThrow(/another kind of model/);
   });
 
@@ -400,7 +445,10 @@ describe("refusals", () => {
       /router peeking chooses experts by looking at later tokens, so training.*leaks the future.*allowNonCausal: true/,
     );
     expect(() => model.forward(model.params, ids)).not.toThrow();
-    const never = loudModel(on, { ...smallConfig, router: { ...ahead, causal: { training: true, evaluation: false } } });
+    const never = loudModel(on, {
+      ...smallConfig,
+      router: { ...ahead, causal: { training: true, evaluation: false } },
+    });
     await expect(never.step(ids)).rejects.toThrow(/it cannot generate text/);
     const allowed = loudModel(on, { ...smallConfig, router: ahead, allowNonCausal: true });
     expect(() => allowed.forward(allowed.params, ids, { training: true })).not.toThrow();

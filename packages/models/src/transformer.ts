@@ -12,18 +12,18 @@ import {
   leaves,
   linear,
   type MoELayer,
+  random as makeRandom,
   maximum,
   minimum,
   moe,
   moeLayer,
   type Random,
-  random as makeRandom,
-  reshape,
-  rmsNorm,
   type Routed,
   type Router,
   type RouterInput,
   type RouterPlugin,
+  reshape,
+  rmsNorm,
   rope,
   routeTokens,
   runExperts,
@@ -198,7 +198,11 @@ export function parameterShapes(config: TransformerConfig): ReadonlyMap<string, 
 }
 
 /** N(0, 0.02); matrices that write into the residual stream scaled by 1/sqrt(2 layers) (GPT-2); norms start at 1. */
-function initial(engine: Engine, config: CompleteConfig, random: Random): (path: string, shape: readonly number[]) => Tensor {
+function initial(
+  engine: Engine,
+  config: CompleteConfig,
+  random: Random,
+): (path: string, shape: readonly number[]) => Tensor {
   return (path, shape) => {
     if (shape.length === 1) return engine.tensor(new Float32Array(shape[0] ?? 0).fill(1), shape);
     const residual = path.endsWith(".o") || path.endsWith(".down");
@@ -229,7 +233,9 @@ export function buildTransformer(
   const { width, layers, heads, experts: count, hidden, router: plugin, sharedExperts } = config;
   for (const need of plugin.needs) {
     if (need === "modalityIds" || need === "target") {
-      throw new UnsupportedError(`router ${plugin.name} needs "${need}", which a text model does not have; use another router`);
+      throw new UnsupportedError(
+        `router ${plugin.name} needs "${need}", which a text model does not have; use another router`,
+      );
     }
   }
   const shapes = parameterShapes(config);
@@ -245,7 +251,8 @@ export function buildTransformer(
     const expertSet = (path: string, experts: number, inner: number): Experts =>
       glu({ count: experts, width, hidden: inner, params: { gateUp: at(`${path}.gateUp`), down: at(`${path}.down`) } });
     const experts = expertSet("moe.experts", count, hidden);
-    const every = sharedExperts > 0 ? [{ experts: expertSet("moe.shared.0.experts", 1, sharedExperts * hidden) }] : undefined;
+    const every =
+      sharedExperts > 0 ? [{ experts: expertSet("moe.shared.0.experts", 1, sharedExperts * hidden) }] : undefined;
     const context = {
       engine,
       width,
@@ -318,9 +325,12 @@ function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transfo
   const checkCache = (cache: KvCache | undefined, batch: number): TransformerCache | undefined => {
     if (cache === undefined) return undefined;
     if (!(cache instanceof TransformerCache)) {
-      throw new UnsupportedError("transformer: this cache was made by another kind of model; use model.newCache(batch)");
+      throw new UnsupportedError(
+        "transformer: this cache was made by another kind of model; use model.newCache(batch)",
+      );
     }
-    if (cache.batch !== batch) throw new ShapeError(`transformer: the cache has ${cache.batch} rows, the ids have ${batch}`);
+    if (cache.batch !== batch)
+      throw new ShapeError(`transformer: the cache has ${cache.batch} rows, the ids have ${batch}`);
     return cache;
   };
 
@@ -333,13 +343,18 @@ function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transfo
     const { training = false, mask } = options;
     checkCausal(training);
     const cache = checkCache(options.cache, batch);
-    if (cache && training) throw new UnsupportedError("transformer: a cache is for inference; leave it out while training");
+    if (cache && training)
+      throw new UnsupportedError("transformer: a cache is for inference; leave it out while training");
     const past = cache?.length ?? 0;
     if (past + sequence > context) {
-      throw new ShapeError(`transformer: ${past + sequence} positions (${past} of them cached), but context is ${context}`);
+      throw new ShapeError(
+        `transformer: ${past + sequence} positions (${past} of them cached), but context is ${context}`,
+      );
     }
     if (mask && mask.shape.join() !== [batch, past + sequence].join()) {
-      throw new ShapeError(`transformer: mask is [${mask.shape}], expected [batch, past + sequence] = [${batch}, ${past + sequence}]`);
+      throw new ShapeError(
+        `transformer: mask is [${mask.shape}], expected [batch, past + sequence] = [${batch}, ${past + sequence}]`,
+      );
     }
     const half = headSize / 2;
     const angles = Float64Array.from({ length: sequence * half }, (_, i) => {
@@ -499,7 +514,10 @@ function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transfo
         const second = keep(
           engine.scope(() => {
             const { input, routed } = first;
-            const done = runExperts(module, params, input, { routed, options: { metrics: options.trace !== undefined } });
+            const done = runExperts(module, params, input, {
+              routed,
+              options: { metrics: options.trace !== undefined },
+            });
             return { x: join(first.residual, done.output), routed: done.routed };
           }),
         );

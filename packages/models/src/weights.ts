@@ -1,5 +1,13 @@
 // Moving tensors between a model and a checkpoint: reading with the shape checked, and writing without a second copy.
-import { CheckpointError, type DType, type Engine, type Json, type Tensor, type TypedArray, UnsupportedError } from "@switchyard/core";
+import {
+  CheckpointError,
+  type DType,
+  type Engine,
+  type Json,
+  type Tensor,
+  type TypedArray,
+  UnsupportedError,
+} from "@switchyard/core";
 import type { Checkpoint } from "./model.ts";
 import { quote, type TensorSource, toFloat32 } from "./safetensors.ts";
 
@@ -24,7 +32,8 @@ export function bytesOf(data: TypedArray): Uint8Array {
 /** A tensor to be written as it is; read from the device when its turn comes. */
 export function stored(name: string, x: Tensor): TensorSource {
   const dtype = fileTypes.get(x.dtype);
-  if (!dtype) throw new UnsupportedError(`cannot save ${quote(name)}: it is ${x.dtype}; training state is f32, i32 or u8`);
+  if (!dtype)
+    throw new UnsupportedError(`cannot save ${quote(name)}: it is ${x.dtype}; training state is f32, i32 or u8`);
   return { name, dtype, shape: x.shape, bytes: async () => bytesOf(await x.data()) };
 }
 
@@ -37,7 +46,11 @@ export function expectShape(checkpoint: Checkpoint, name: string, shape: readonl
 }
 
 /** A stored float tensor widened to f32 on the host. */
-export async function readFloats(checkpoint: Checkpoint, name: string, shape: readonly number[]): Promise<Float32Array> {
+export async function readFloats(
+  checkpoint: Checkpoint,
+  name: string,
+  shape: readonly number[],
+): Promise<Float32Array> {
   expectShape(checkpoint, name, shape);
   return toFloat32(await checkpoint.read(name), checkpoint.stored(name).dtype, name);
 }
@@ -65,14 +78,22 @@ export function checkMemory(shapes: Iterable<readonly number[]>, memory: number 
   let bytes = 0;
   for (const shape of shapes) bytes += 4 * shape.reduce((n, d) => n * d, 1);
   if (bytes > memory) {
-    throw new UnsupportedError(`the model needs ${bytes} bytes in f32, but the limit is ${memory}; raise it or take a smaller model`);
+    throw new UnsupportedError(
+      `the model needs ${bytes} bytes in f32, but the limit is ${memory}; raise it or take a smaller model`,
+    );
   }
 }
 
 /** Throws CheckpointError where the checkpoint holds tensors that nobody asked for: it is of another model. */
-export function checkAllUsed(checkpoint: Checkpoint, used: ReadonlySet<string>, ignore: (name: string) => boolean): void {
+export function checkAllUsed(
+  checkpoint: Checkpoint,
+  used: ReadonlySet<string>,
+  ignore: (name: string) => boolean,
+): void {
   const extra = checkpoint.names.filter((name) => !used.has(name) && !ignore(name));
   if (extra.length === 0) return;
   const some = extra.slice(0, 3).map(quote).join(", ");
-  throw new CheckpointError(`the checkpoint holds ${extra.length} tensors that its config.json does not call for: ${some}`);
+  throw new CheckpointError(
+    `the checkpoint holds ${extra.length} tensors that its config.json does not call for: ${some}`,
+  );
 }

@@ -1,5 +1,5 @@
 // What a router decided, read to the host and looked at: by name, as a matrix of weights, for being well formed, for being the same.
-import { leaves, type Plan, type Routed, type Tensor, type Tree } from "@switchyard/core";
+import { alias, leaves, type Plan, type Routed, type Tensor, type Tree } from "@switchyard/core";
 import { assertClose, coordinates, type HostArray } from "./arrays.ts";
 import { download } from "./cases/case.ts";
 
@@ -57,6 +57,13 @@ export function collect(routed: Routed): Map<string, Tensor> {
   for (const [name, x] of Object.entries(metrics)) put(`metric ${name}`, x);
   return found;
 }
+
+/**
+ * References to the tensors of a decision that outlive the scope. A decision may hold what others own, such as a buffer shown as a metric:
+ * freeing a reference leaves that alone.
+ */
+export const answerOf = (routed: Routed): ReadonlyMap<string, Tensor> =>
+  new Map([...collect(routed)].map(([name, x]) => [name, alias(x)]));
 
 /** Reads and frees. */
 export async function read(tensors: ReadonlyMap<string, Tensor>): Promise<Answer> {

@@ -19,10 +19,10 @@ import { download } from "./cases/case.ts";
 import * as oracle from "./oracles.ts";
 import {
   type Answer,
+  answerOf,
   array,
   assignments,
   checkForm,
-  collect,
   kindOf,
   obeys,
   permuted,
@@ -156,7 +156,7 @@ function makeKit(suite: RouterSuite): Kit {
     },
     route(subject, call) {
       const { engine, router: own } = subject;
-      return read(engine.scope(() => collect(own.route(own.params, kit.input(subject, call)))));
+      return read(engine.scope(() => answerOf(own.route(own.params, kit.input(subject, call)))));
     },
     hidden: (key, rows = tokens) => uniform(generator(`router hidden ${key}`), [rows, sizes.width], -1.5, 1.5),
     check: ({ experts, plugin: { plans } }, answer, rows = tokens) => checkForm(answer, { experts, tokens: rows, plans }),
@@ -199,7 +199,7 @@ function formCases({ suite, sizes, tokens, tolerance, make, route, input, hidden
       const { output, answer } = engine.scope(() => {
         const tree = { router: router.params, experts: made.params };
         const result = moe({ router, experts: made }, tree, input(subject, { hidden: hiddens }));
-        return { output: result.output, answer: collect(result.routed) };
+        return { output: result.output, answer: answerOf(result.routed) };
       });
       const [found, routed] = [await download(output), await read(answer)];
       const weights = await readTree(made.params, "");
@@ -251,7 +251,7 @@ function determinismCases({ sample, make, route, input, hidden }: Kit): RouterCa
           const composed = engine.scope(() => {
             const given = input(subject, call);
             if (!router.score || !router.select) throw new Error("the first router had score and select, this one has not");
-            return collect(router.select(router.score(router.params, given), given));
+            return answerOf(router.select(router.score(router.params, given), given));
           });
           sameBits(whole, await read(composed), `${mode}: select(score)`);
         }
@@ -279,7 +279,7 @@ function symmetryCases({ sizes, tokens, tolerance, make, route, input, hidden }:
         });
       };
       const [params, buffers] = [await permute(router.params), await permute(router.buffers)];
-      const moved = engine.scope(() => collect(router.route(params, input(subject, { ...call, buffers }))));
+      const moved = engine.scope(() => answerOf(router.route(params, input(subject, { ...call, buffers }))));
       const answer = await read(moved);
       dispose([params, buffers]);
       const [before, after] = [assignments(plain, tokens, n), assignments(answer, tokens, n)];
@@ -410,7 +410,7 @@ function causalityCases({ sizes, tokens, tolerance, sample, make, route, input, 
         const call = { past: t, hidden: pick(all, sizes.width), ...(cache === undefined ? {} : { cache }) };
         const step = engine.scope(() => {
           const routed = router.route(router.params, input(subject, call));
-          return { answer: collect(routed), cache: routed.cache };
+          return { answer: answerOf(routed), cache: routed.cache };
         });
         if (cache !== undefined && cache !== step.cache) dispose(cache);
         cache = step.cache;

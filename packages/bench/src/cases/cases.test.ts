@@ -59,7 +59,8 @@ const naiveLayer = (one: LayerCase): number[] => {
     for (const [j, e] of chosen.slice(0, k).entries()) {
       const dot = (at: number): number => {
         let sum = 0;
-        for (let i = 0; i < width; i++) sum += (gateUp[(e * 2 * hidden + at) * width + i] as number) * (x[t * width + i] as number);
+        for (let i = 0; i < width; i++)
+          sum += (gateUp[(e * 2 * hidden + at) * width + i] as number) * (x[t * width + i] as number);
         return sum;
       };
       const inner = Array.from({ length: hidden }, (_, h) => {

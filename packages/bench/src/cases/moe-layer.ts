@@ -80,9 +80,7 @@ export const moeLayer: Benchmark<LayerCase> = {
   name: "moe",
   cases: cases([1, 16, 256, 1024]),
   setup: (engine, one) =>
-    workload(engine, one, 1, ({ x, logits, gateUp, down }) =>
-      moeExperts(x, { gateUp, down }, choose(logits, one.k)),
-    ),
+    workload(engine, one, 1, ({ x, logits, gateUp, down }) => moeExperts(x, { gateUp, down }, choose(logits, one.k))),
 };
 
 /** The same function computed without sparsity: every expert on every token, weights 0 where not chosen. */

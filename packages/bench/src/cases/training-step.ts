@@ -1,8 +1,8 @@
 // One training step of a small MoE language model: forward, backward and AdamW, in core's ops alone, so that other libraries can
 // do exactly the same arithmetic. Pre-norm decoder, rope, causal attention, SwiGLU experts, untied head, mean cross-entropy.
 import {
-  add,
   adamw,
+  add,
   attention,
   crossEntropy,
   embedding,
@@ -36,7 +36,9 @@ export const adamwOptions = { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weig
 export const normEps = 1e-6;
 
 export interface LanguageModelData {
-  readonly params: Readonly<Record<string, { readonly shape: readonly number[]; readonly data: Float32Array<ArrayBuffer> }>>;
+  readonly params: Readonly<
+    Record<string, { readonly shape: readonly number[]; readonly data: Float32Array<ArrayBuffer> }>
+  >;
   /** [batch * sequence] */
   readonly ids: Int32Array<ArrayBuffer>;
   readonly labels: Int32Array<ArrayBuffer>;
@@ -68,7 +70,10 @@ export function languageModelData(one: LanguageModelCase): LanguageModelData {
   ones("norm");
   matrix("head", vocabulary, width);
   const half = width / heads / 2;
-  const angles = Float64Array.from({ length: sequence * half }, (_, i) => Math.floor(i / half) * 10000 ** (-(i % half) / half));
+  const angles = Float64Array.from(
+    { length: sequence * half },
+    (_, i) => Math.floor(i / half) * 10000 ** (-(i % half) / half),
+  );
   return {
     params,
     ids: noiseIds(batch * sequence, 1, vocabulary),
@@ -96,7 +101,8 @@ export const trainingStep: Benchmark<LanguageModelCase> = {
     const { layers, width, heads, k, batch, sequence } = one;
     const data = languageModelData(one);
     const names = Object.keys(data.params);
-    const each = (make: (name: string) => Tensor): Params => Object.fromEntries(names.map((name) => [name, make(name)]));
+    const each = (make: (name: string) => Tensor): Params =>
+      Object.fromEntries(names.map((name) => [name, make(name)]));
     const entry = (name: string) => data.params[name] as LanguageModelData["params"][string];
     const zeros = () => each((name) => engine.tensor(new Float32Array(entry(name).data.length), entry(name).shape));
     let state: { params: Params; m: Params; v: Params } = {
@@ -118,7 +124,8 @@ export const trainingStep: Benchmark<LanguageModelCase> = {
       let x = embedding(p("embedding"), fixed.ids); // [tokens, width]
       for (let layer = 0; layer < layers; layer++) {
         const normed = rmsNorm(x, p(`${layer}.attentionNorm`), { eps: normEps });
-        const head = (name: string): Tensor => reshape(linear(normed, p(`${layer}.${name}`)), [batch, sequence, heads, d]);
+        const head = (name: string): Tensor =>
+          reshape(linear(normed, p(`${layer}.${name}`)), [batch, sequence, heads, d]);
         const turn = (t: Tensor): Tensor => rope(t, fixed.cos, fixed.sin);
         const { output } = attention(turn(head("q")), turn(head("k")), head("v"), { causal: true, scale: d ** -0.5 });
         x = add(x, linear(reshape(output, [batch * sequence, width]), p(`${layer}.o`)));

@@ -1,8 +1,8 @@
 // The records of a Mixture-of-Experts layer: what routers, experts, wrappers and training hooks hand to each other.
 // Plain data and interfaces only; the functions over them are dispatch.ts, layer.ts, capacity.ts, losses.ts and metrics.ts.
 import type { Engine } from "../engine.ts";
+import type { Json } from "../json.ts";
 import type { Random } from "../random.ts";
-import type { Json } from "../snapshot.ts";
 import type { Tensor, Tree } from "../tensor.ts";
 
 /**

@@ -54,7 +54,8 @@ export const ropeOp: Op<Rope> = {
   ],
 };
 /** Rotates the first r of d channels of x [batch, sequence, heads, d] by tables [(batch,) sequence, r/2] (2104.09864). The tables get no gradient. */
-export const rope = (x: Tensor, cos: Tensor, sin: Tensor, attrs: Rope = {}): Tensor => run1(ropeOp, [x, cos, sin], attrs);
+export const rope = (x: Tensor, cos: Tensor, sin: Tensor, attrs: Rope = {}): Tensor =>
+  run1(ropeOp, [x, cos, sin], attrs);
 
 export interface Attention {
   readonly causal: boolean;
@@ -78,10 +79,16 @@ const byToken = (x: Tensor): Tensor => {
   const [b, kv, group, n, d] = x.shape as readonly [number, number, number, number, number];
   return reshape(transpose(x, [0, 3, 1, 2, 4]), [b, n, kv * group, d]);
 };
-const dims = (x: Tensor): readonly [number, number, number, number] => x.shape as readonly [number, number, number, number];
+const dims = (x: Tensor): readonly [number, number, number, number] =>
+  x.shape as readonly [number, number, number, number];
 
 /** Scaled scores [batch, kvHeads, group, sequence, total], -inf where hidden. */
-function scores(q: Tensor, k: Tensor, mask: Tensor | undefined, { causal, scale, window }: Attention | AttentionGrad): Tensor {
+function scores(
+  q: Tensor,
+  k: Tensor,
+  mask: Tensor | undefined,
+  { causal, scale, window }: Attention | AttentionGrad,
+): Tensor {
   const [batch, sequence] = dims(q);
   const [, total, kvHeads] = dims(k);
   let y = mul(matmul(byHead(q, kvHeads), byHead(k, kvHeads), { transposeB: true }), scale);
@@ -105,7 +112,11 @@ export const attentionGradOp: Op<AttentionGrad> = {
   fallback(inputs, attrs) {
     const [q, k, v] = [at(inputs, 0), at(inputs, 1), at(inputs, 2)];
     const mask = attrs.mask ? inputs[3] : undefined;
-    const [out, lse, dout] = [at(inputs, inputs.length - 3), at(inputs, inputs.length - 2), at(inputs, inputs.length - 1)];
+    const [out, lse, dout] = [
+      at(inputs, inputs.length - 3),
+      at(inputs, inputs.length - 2),
+      at(inputs, inputs.length - 1),
+    ];
     const [batch, sequence, heads] = dims(q);
     const kvHeads = at(k.shape, 2);
     const s = scores(q, k, mask, attrs);

@@ -112,7 +112,8 @@ export const minimum = (a: Tensor, b: Tensor | number): Tensor => {
 };
 /** 1 where a < b, else 0. No gradient. */
 export const less = (a: Tensor | number, b: Tensor | number): Tensor => {
-  if (typeof a === "number") return typeof b === "number" ? fail("less", "needs a tensor", []) : run1(lessOp, [constant(b, a), b], {});
+  if (typeof a === "number")
+    return typeof b === "number" ? fail("less", "needs a tensor", []) : run1(lessOp, [constant(b, a), b], {});
   return run1(lessOp, [a, asTensor(b, a)], {});
 };
 /** `a` where the mask is not 0, else `b`. */
@@ -292,7 +293,8 @@ export const swigluOp: Op = {
   shapes(inputs) {
     dtypes("swiglu", inputs, "f");
     const x = at(inputs, 0);
-    if (x.shape.length === 0 || last(x) % 2 !== 0) fail("swiglu", "the last dimension must be even (gate, then up)", inputs);
+    if (x.shape.length === 0 || last(x) % 2 !== 0)
+      fail("swiglu", "the last dimension must be even (gate, then up)", inputs);
     return [spec([...x.shape.slice(0, -1), last(x) / 2])];
   },
   fallback([x]) {

@@ -1,13 +1,12 @@
 // The ops of a Mixture-of-Experts layer: selection, dispatch, grouped products over ragged expert blocks, combination.
 import { at, type Op, run, run1 } from "../op.ts";
 import type { Tensor } from "../tensor.ts";
-import { add, div, less, mul, sub, swiglu, where } from "./elementwise.ts";
+import { add, cast, div, less, mul, sub, swiglu, where } from "./elementwise.ts";
 import { count, dtypes, fail, last, rank, same, spec } from "./infer.ts";
 import { matmul } from "./matmul.ts";
 import { softmax, softmaxGradOp } from "./normalise.ts";
 import { sumLast } from "./reduce.ts";
 import { addRows, argsort, blockEnds, gatherLast, scatterLast, takeRows, topkIndices } from "./rows.ts";
-import { cast } from "./elementwise.ts";
 import { concat, hostConstant, reshape, slice } from "./shape.ts";
 
 // ---------------------------------------------------------------- selection
@@ -71,7 +70,11 @@ export interface DispatchAttrs {
   readonly bound: number;
 }
 const line = (like: Tensor, n: number, value: (i: number) => number): Tensor =>
-  hostConstant(like, Int32Array.from({ length: n }, (_, i) => value(i)), [n]);
+  hostConstant(
+    like,
+    Int32Array.from({ length: n }, (_, i) => value(i)),
+    [n],
+  );
 
 export const dispatchOp: Op<DispatchAttrs> = {
   name: "dispatch",
@@ -80,7 +83,8 @@ export const dispatchOp: Op<DispatchAttrs> = {
     rank("dispatch", inputs, [2]);
     const ids = at(inputs, 0);
     const slots = at(ids.shape, 0) * at(ids.shape, 1);
-    if (bound < 0 || bound > slots || count < 1) fail("dispatch", `count ${count}, bound ${bound} of ${slots} slots`, inputs);
+    if (bound < 0 || bound > slots || count < 1)
+      fail("dispatch", `count ${count}, bound ${bound} of ${slots} slots`, inputs);
     return [spec([bound], "i32"), spec([bound], "i32"), spec([count], "i32")];
   },
   fallback([ids], { count, bound }) {
@@ -91,8 +95,14 @@ export const dispatchOp: Op<DispatchAttrs> = {
     const order = slice(argsort(key, { bound: count + 1 }), [0], [bound]);
     const closed = blockEnds(key, count);
     const ends = where(less(bound, closed), bound, closed);
-    const filled = less(line(ids, bound, (i) => i), slice(ends, [count - 1], [1]));
-    const tokens = takeRows(line(ids, flat.size, (slot) => Math.floor(slot / k)), order);
+    const filled = less(
+      line(ids, bound, (i) => i),
+      slice(ends, [count - 1], [1]),
+    );
+    const tokens = takeRows(
+      line(ids, flat.size, (slot) => Math.floor(slot / k)),
+      order,
+    );
     return [where(filled, tokens, -1), where(filled, order, -1), ends];
   },
 };
@@ -110,7 +120,10 @@ export const dispatch = (
 
 const tokenOfSlot = (slots: Tensor, weights: Tensor): Tensor => {
   const k = last(weights);
-  const tokens = takeRows(line(slots, weights.size, (slot) => Math.floor(slot / k)), slots);
+  const tokens = takeRows(
+    line(slots, weights.size, (slot) => Math.floor(slot / k)),
+    slots,
+  );
   return where(less(slots, 0), -1, tokens);
 };
 export const combineRowsGradOp: Op = {

@@ -1,8 +1,8 @@
 // Every differentiable op against central finite differences in float64, over awkward sizes.
 import { describe, expect, it } from "vitest";
 import { gradientError, numbers } from "../finite-difference.test-util.ts";
-import type { Tensor } from "../tensor.ts";
 import * as ops from "../index.ts";
+import type { Tensor } from "../tensor.ts";
 
 const positive = (n: number): Float64Array => numbers(n, 5).map((x) => Math.abs(x) + 0.3);
 const ints = (like: Tensor, data: readonly number[], shape: readonly number[] = [data.length]): Tensor =>
@@ -21,52 +21,74 @@ interface Case {
 const unary = (f: (x: Tensor) => Tensor): Case => ({ shapes: [[3, 5]], f });
 
 const cases: Record<string, Case> = {
-  "add broadcast": { shapes: [[3, 1, 5], [2, 5]], f: ops.add },
+  "add broadcast": {
+    shapes: [
+      [3, 1, 5],
+      [2, 5],
+    ],
+    f: ops.add,
+  },
   "add number": unary((x) => ops.add(x, 3)),
-  "mul broadcast": { shapes: [[3, 1], [1, 5]], f: ops.mul },
+  "mul broadcast": {
+    shapes: [
+      [3, 1],
+      [1, 5],
+    ],
+    f: ops.mul,
+  },
   "mul twice the same": unary((x) => ops.mul(x, x)),
-  "maximum": { shapes: [[7], [7]], f: ops.maximum },
-  "minimum": { shapes: [[7], [7]], f: ops.minimum },
-  "where": { shapes: [[2, 3], [3]], f: (a, b) => ops.where(ops.less(a.engine.root.tensor(numbers(6, 9), [2, 3]), 0), a, b) },
+  maximum: { shapes: [[7], [7]], f: ops.maximum },
+  minimum: { shapes: [[7], [7]], f: ops.minimum },
+  where: {
+    shapes: [[2, 3], [3]],
+    f: (a, b) => ops.where(ops.less(a.engine.root.tensor(numbers(6, 9), [2, 3]), 0), a, b),
+  },
   "sub broadcast": { shapes: [[4, 3], [3]], f: ops.sub },
   "sub from number": unary((x) => ops.sub(2, x)),
-  "div": { shapes: [[4, 3], [3]], f: ops.div, values: [numbers(12), positive(3)] },
-  "affine": unary((x) => ops.affine(x, { scale: -2.5, shift: 1 })),
-  "recip": { shapes: [[5]], f: ops.recip, values: [positive(5)] },
-  "exp": unary(ops.exp),
-  "log": { shapes: [[5]], f: ops.log, values: [positive(5)] },
-  "sqrt": { shapes: [[5]], f: ops.sqrt, values: [positive(5)] },
-  "tanh": unary(ops.tanh),
-  "erf": unary(ops.erf),
-  "relu": unary(ops.relu),
-  "sigmoid": unary(ops.sigmoid),
-  "silu": unary(ops.silu),
-  "softplus": unary(ops.softplus),
-  "gelu": unary((x) => ops.gelu(x)),
+  div: { shapes: [[4, 3], [3]], f: ops.div, values: [numbers(12), positive(3)] },
+  affine: unary((x) => ops.affine(x, { scale: -2.5, shift: 1 })),
+  recip: { shapes: [[5]], f: ops.recip, values: [positive(5)] },
+  exp: unary(ops.exp),
+  log: { shapes: [[5]], f: ops.log, values: [positive(5)] },
+  sqrt: { shapes: [[5]], f: ops.sqrt, values: [positive(5)] },
+  tanh: unary(ops.tanh),
+  erf: unary(ops.erf),
+  relu: unary(ops.relu),
+  sigmoid: unary(ops.sigmoid),
+  silu: unary(ops.silu),
+  softplus: unary(ops.softplus),
+  gelu: unary((x) => ops.gelu(x)),
   "gelu tanh": unary((x) => ops.gelu(x, { approximate: "tanh" })),
-  "swiglu": { shapes: [[3, 10]], f: ops.swiglu },
-  "reshape": unary((x) => ops.mul(ops.reshape(x, [5, 3]), ops.reshape(x, [5, 3]))),
-  "transpose": { shapes: [[2, 3, 5]], f: (x) => ops.transpose(x, [2, 0, 1]) },
-  "slice": { shapes: [[4, 5]], f: (x) => ops.slice(x, [1, 2], [2, 3]) },
-  "pad": { shapes: [[2, 3]], f: (x) => ops.pad(x, [1, 0], [0, 2]) },
-  "concat": { shapes: [[2, 3], [2, 1], [2, 2]], f: (...xs) => ops.concat(xs, 1) },
-  "broadcastTo": { shapes: [[3, 1]], f: (x) => ops.broadcastTo(x, [2, 3, 4]) },
-  "sumTo": { shapes: [[2, 3, 4]], f: (x) => ops.sumTo(x, [3, 1]) },
+  swiglu: { shapes: [[3, 10]], f: ops.swiglu },
+  reshape: unary((x) => ops.mul(ops.reshape(x, [5, 3]), ops.reshape(x, [5, 3]))),
+  transpose: { shapes: [[2, 3, 5]], f: (x) => ops.transpose(x, [2, 0, 1]) },
+  slice: { shapes: [[4, 5]], f: (x) => ops.slice(x, [1, 2], [2, 3]) },
+  pad: { shapes: [[2, 3]], f: (x) => ops.pad(x, [1, 0], [0, 2]) },
+  concat: {
+    shapes: [
+      [2, 3],
+      [2, 1],
+      [2, 2],
+    ],
+    f: (...xs) => ops.concat(xs, 1),
+  },
+  broadcastTo: { shapes: [[3, 1]], f: (x) => ops.broadcastTo(x, [2, 3, 4]) },
+  sumTo: { shapes: [[2, 3, 4]], f: (x) => ops.sumTo(x, [3, 1]) },
   "sum axes": { shapes: [[2, 3, 4]], f: (x) => ops.sum(x, [0, -1]) },
-  "mean": { shapes: [[2, 3, 4]], f: (x) => ops.mean(x, [1]) },
-  "maxLast": unary(ops.maxLast),
-  "cumsum": { shapes: [[3, 5]], f: (x) => ops.cumsum(x, { axis: 0, exclusive: true }) },
+  mean: { shapes: [[2, 3, 4]], f: (x) => ops.mean(x, [1]) },
+  maxLast: unary(ops.maxLast),
+  cumsum: { shapes: [[3, 5]], f: (x) => ops.cumsum(x, { axis: 0, exclusive: true }) },
   "cumsum reverse": { shapes: [[3, 5]], f: (x) => ops.cumsum(x, { axis: 1, reverse: true }) },
-  "sumSquares": unary(ops.sumSquares),
-  "takeRows": { shapes: [[4, 3]], f: (x) => ops.takeRows(x, ints(x, [2, -1, 2, 0, 3, 9], [2, 3])) },
-  "addRows": { shapes: [[5, 2]], f: (x) => ops.addRows(x, ints(x, [1, 1, -1, 0, 7]), 3) },
-  "gatherLast": { shapes: [[2, 4]], f: (x) => ops.gatherLast(x, ints(x, [3, -1, 0, 1, 1, 2], [2, 3])) },
-  "scatterLast": { shapes: [[2, 3]], f: (x) => ops.scatterLast(x, ints(x, [3, -1, 0, 1, 1, 2], [2, 3]), 4) },
-  "linear": { shapes: [[2, 3, 5], [7, 5], [7]], f: ops.linear },
-  "softmax": unary(ops.softmax),
-  "logSoftmax": unary(ops.logSoftmax),
-  "logSumExp": unary(ops.logSumExp),
-  "crossEntropy": { shapes: [[4, 5]], f: (x) => ops.crossEntropy(x, ints(x, [2, -1, 0, 4])).losses },
+  sumSquares: unary(ops.sumSquares),
+  takeRows: { shapes: [[4, 3]], f: (x) => ops.takeRows(x, ints(x, [2, -1, 2, 0, 3, 9], [2, 3])) },
+  addRows: { shapes: [[5, 2]], f: (x) => ops.addRows(x, ints(x, [1, 1, -1, 0, 7]), 3) },
+  gatherLast: { shapes: [[2, 4]], f: (x) => ops.gatherLast(x, ints(x, [3, -1, 0, 1, 1, 2], [2, 3])) },
+  scatterLast: { shapes: [[2, 3]], f: (x) => ops.scatterLast(x, ints(x, [3, -1, 0, 1, 1, 2], [2, 3]), 4) },
+  linear: { shapes: [[2, 3, 5], [7, 5], [7]], f: ops.linear },
+  softmax: unary(ops.softmax),
+  logSoftmax: unary(ops.logSoftmax),
+  logSumExp: unary(ops.logSumExp),
+  crossEntropy: { shapes: [[4, 5]], f: (x) => ops.crossEntropy(x, ints(x, [2, -1, 0, 4])).losses },
   "crossEntropy with lse": {
     shapes: [[3, 5]],
     f: (x) => {
@@ -74,10 +96,10 @@ const cases: Record<string, Case> = {
       return [losses, lse];
     },
   },
-  "entropyLast": { shapes: [[3, 5]], f: (x) => ops.entropyLast(ops.softmax(x)) },
-  "rmsNorm": { shapes: [[2, 3, 5], [5]], f: (x, w) => ops.rmsNorm(x, w, { eps: 1e-5 }) },
-  "layerNorm": { shapes: [[2, 3, 5], [5], [5]], f: (x, w, b) => ops.layerNorm(x, w, b, { eps: 1e-5 }) },
-  "rope": {
+  entropyLast: { shapes: [[3, 5]], f: (x) => ops.entropyLast(ops.softmax(x)) },
+  rmsNorm: { shapes: [[2, 3, 5], [5]], f: (x, w) => ops.rmsNorm(x, w, { eps: 1e-5 }) },
+  layerNorm: { shapes: [[2, 3, 5], [5], [5]], f: (x, w, b) => ops.layerNorm(x, w, b, { eps: 1e-5 }) },
+  rope: {
     shapes: [[2, 3, 2, 6]],
     f: (x) => ops.rope(x, table(x, [3, 3], Math.cos), table(x, [3, 3], Math.sin)),
   },
@@ -88,26 +110,53 @@ const cases: Record<string, Case> = {
   "softmaxTopk renormalised": { shapes: [[3, 5]], f: (x) => topkParts(x, "softmax-topk-renormalise") },
   "softmaxTopk raw": { shapes: [[3, 5]], f: (x) => topkParts(x, "softmax-topk") },
   "softmaxTopk after": { shapes: [[3, 5]], f: (x) => topkParts(x, "topk-softmax") },
-  "groupedMatmul": {
-    shapes: [[7, 3], [4, 5, 3]],
+  groupedMatmul: {
+    shapes: [
+      [7, 3],
+      [4, 5, 3],
+    ],
     f: (x, w) => ops.groupedMatmul(x, w, ints(x, [2, 2, 3, 6])),
   },
   "groupedMatmul transposed": {
-    shapes: [[7, 5], [4, 5, 3]],
+    shapes: [
+      [7, 5],
+      [4, 5, 3],
+    ],
     f: (x, w) => ops.groupedMatmul(x, w, ints(x, [2, 2, 3, 6]), { transposed: true }),
   },
-  "groupedOuter": { shapes: [[7, 3], [7, 5]], f: (a, b) => ops.groupedOuter(a, b, ints(a, [2, 2, 3, 6])) },
-  "combineRows": {
-    shapes: [[5, 3], [4, 2]],
+  groupedOuter: {
+    shapes: [
+      [7, 3],
+      [7, 5],
+    ],
+    f: (a, b) => ops.groupedOuter(a, b, ints(a, [2, 2, 3, 6])),
+  },
+  combineRows: {
+    shapes: [
+      [5, 3],
+      [4, 2],
+    ],
     f: (out, weights) => ops.combineRows(out, weights, ints(out, [6, 1, 3, 0, -1])),
   },
-  "moeExperts": {
-    shapes: [[5, 4], [3, 6, 4], [3, 4, 3], [5, 2]],
+  moeExperts: {
+    shapes: [
+      [5, 4],
+      [3, 6, 4],
+      [3, 4, 3],
+      [5, 2],
+    ],
     f: (hidden, gateUp, down, weights) =>
-      ops.moeExperts(hidden, { gateUp, down }, { ids: ints(hidden, [0, 2, 2, 0, -1, 0, 3, -1, 2, 0], [5, 2]), weights }),
+      ops.moeExperts(
+        hidden,
+        { gateUp, down },
+        { ids: ints(hidden, [0, 2, 2, 0, -1, 0, 3, -1, 2, 0], [5, 2]), weights },
+      ),
   },
-  "stopGradient": { shapes: [[4]], f: (x) => ops.mul(x, ops.stopGradient(ops.affine(ops.mul(x, 0), { scale: 1, shift: 2 }))) },
-  "customGrad": {
+  stopGradient: {
+    shapes: [[4]],
+    f: (x) => ops.mul(x, ops.stopGradient(ops.affine(ops.mul(x, 0), { scale: 1, shift: 2 }))),
+  },
+  customGrad: {
     shapes: [[4]],
     f: (x) =>
       ops.customGrad(

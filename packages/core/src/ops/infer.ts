@@ -46,7 +46,8 @@ export function dtypes(name: string, inputs: readonly Spec[], wanted: string): v
 }
 
 export function count(name: string, inputs: readonly Spec[], fewest: number, most: number = fewest): void {
-  if (inputs.length < fewest || inputs.length > most) fail(name, `needs ${fewest} inputs, got ${inputs.length}`, inputs);
+  if (inputs.length < fewest || inputs.length > most)
+    fail(name, `needs ${fewest} inputs, got ${inputs.length}`, inputs);
 }
 
 export function rank(name: string, inputs: readonly Spec[], ranks: readonly number[]): void {

@@ -1,8 +1,8 @@
 // Dense matrix products.
 import type { Spec } from "../backend.ts";
+import { ShapeError } from "../errors.ts";
 import { at, type Op, run1 } from "../op.ts";
 import { show, type Tensor } from "../tensor.ts";
-import { ShapeError } from "../errors.ts";
 import { add } from "./elementwise.ts";
 import { broadcast, count, dtypes, fail, last, rowsOf, spec } from "./infer.ts";
 import { reduceTo, reshape } from "./shape.ts";
@@ -30,14 +30,8 @@ export const matmulOp: Op<Matmul> = {
   vjp([dy], [a, b], _, { transposeA: ta = false, transposeB: tb = false }, [wantA, wantB]) {
     if (!dy || !a || !b) return [];
     // a is [m, k]: da = dy bᵀ; stored transposed: daᵀ = b dyᵀ. Likewise for b.
-    const da = () =>
-      ta
-        ? matmul(b, dy, { transposeA: tb, transposeB: true })
-        : matmul(dy, b, { transposeB: !tb });
-    const db = () =>
-      tb
-        ? matmul(dy, a, { transposeA: true, transposeB: ta })
-        : matmul(a, dy, { transposeA: !ta });
+    const da = () => (ta ? matmul(b, dy, { transposeA: tb, transposeB: true }) : matmul(dy, b, { transposeB: !tb }));
+    const db = () => (tb ? matmul(dy, a, { transposeA: true, transposeB: ta }) : matmul(a, dy, { transposeA: !ta }));
     return [wantA ? reduceTo(da(), a.shape) : undefined, wantB ? reduceTo(db(), b.shape) : undefined];
   },
 };
@@ -54,7 +48,8 @@ export const linearOp: Op = {
     count("linear", inputs, 2, 3);
     dtypes("linear", inputs, "f");
     const [x, w, bias] = [at(inputs, 0), at(inputs, 1), inputs[2]];
-    if (x.shape.length === 0 || w.shape.length !== 2 || last(x) !== last(w)) fail("linear", "x [..., in] x w [out, in]", inputs);
+    if (x.shape.length === 0 || w.shape.length !== 2 || last(x) !== last(w))
+      fail("linear", "x [..., in] x w [out, in]", inputs);
     if (bias && (bias.shape.length !== 1 || bias.shape[0] !== w.shape[0])) fail("linear", "bias must be [out]", inputs);
     return [spec([...x.shape.slice(0, -1), at(w.shape, 0)])];
   },

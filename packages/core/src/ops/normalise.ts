@@ -1,18 +1,21 @@
 // Softmax and its relatives, cross entropy, RMS norm and layer norm, each with its gradient as an op of its own.
+
+import { vjpOfFallback } from "../autodiff.ts";
 import { at, type Op, run, run1 } from "../op.ts";
 import type { Tensor } from "../tensor.ts";
-import { vjpOfFallback } from "../autodiff.ts";
-import { add, div, exp, log, mul, neg, recip, sqrt, stopGradient, sub, where, less, maximum } from "./elementwise.ts";
+import { add, div, exp, less, log, maximum, mul, neg, recip, sqrt, stopGradient, sub, where } from "./elementwise.ts";
 import { count, dtypes, fail, last, likeFirst, rowsOf, same, spec } from "./infer.ts";
 import { maxLast, sumLast } from "./reduce.ts";
 import { gatherLast, oneHot } from "./rows.ts";
 import { reduceTo, reshape } from "./shape.ts";
 
-const twoAlike = (name: string): Op["shapes"] => (inputs) => {
-  count(name, inputs, 2);
-  if (!same(at(inputs, 0).shape, at(inputs, 1).shape)) fail(name, "shapes differ", inputs);
-  return likeFirst(name)(inputs);
-};
+const twoAlike =
+  (name: string): Op["shapes"] =>
+  (inputs) => {
+    count(name, inputs, 2);
+    if (!same(at(inputs, 0).shape, at(inputs, 1).shape)) fail(name, "shapes differ", inputs);
+    return likeFirst(name)(inputs);
+  };
 const isEmpty = (x: Tensor): boolean => x.size === 0;
 const meanLast = (x: Tensor): Tensor => mul(sumLast(x), 1 / last(x));
 // Of a row of -inf only: 0, so that subtracting it gives -inf and not NaN.
@@ -128,7 +131,8 @@ const perColumn = (name: string, vectors: number): Op<Norm>["shapes"] => {
     dtypes(name, inputs, "f");
     const x = at(inputs, 0);
     for (const w of inputs.slice(1, 1 + vectors)) {
-      if (x.shape.length === 0 || w.shape.length !== 1 || last(x) !== last(w)) fail(name, "x [..., n] with vectors [n]", inputs);
+      if (x.shape.length === 0 || w.shape.length !== 1 || last(x) !== last(w))
+        fail(name, "x [..., n] with vectors [n]", inputs);
     }
     return [spec(x.shape)];
   };

@@ -25,8 +25,14 @@ export const sumTo = (x: Tensor, shape: readonly number[]): Tensor => run1(sumTo
 export const sum = (x: Tensor, axes?: readonly number[]): Tensor => {
   if (axes === undefined) return sumTo(x, []);
   const gone = new Set(axes.map((a) => (a < 0 ? a + x.shape.length : a)));
-  const summed = sumTo(x, x.shape.map((d, i) => (gone.has(i) ? 1 : d)));
-  return reshape(summed, x.shape.filter((_, i) => !gone.has(i)));
+  const summed = sumTo(
+    x,
+    x.shape.map((d, i) => (gone.has(i) ? 1 : d)),
+  );
+  return reshape(
+    summed,
+    x.shape.filter((_, i) => !gone.has(i)),
+  );
 };
 /** Sum over the last axis, which stays as 1. */
 export const sumLast = (x: Tensor): Tensor => sumTo(x, [...x.shape.slice(0, -1), 1]);

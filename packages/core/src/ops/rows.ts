@@ -37,7 +37,11 @@ export const addRows = (x: Tensor, ids: Tensor, rows: number): Tensor => run1(ad
 /** Ids along the last axis as row ids of x flattened to [rows * n, 1]; -1 stays -1. */
 const flatIds = (ids: Tensor, n: number): Tensor => {
   const rows = rowsOf(ids);
-  const offsets = hostConstant(ids, Int32Array.from({ length: rows }, (_, i) => i * n), [rows, 1]);
+  const offsets = hostConstant(
+    ids,
+    Int32Array.from({ length: rows }, (_, i) => i * n),
+    [rows, 1],
+  );
   const flat = reshape(ids, [rows, last(ids)]);
   return reshape(where(less(flat, 0), -1, add(flat, offsets)), [-1]);
 };
@@ -97,7 +101,8 @@ export const argsortOp: Op<Argsort> = {
   name: "argsort",
   shapes(inputs) {
     const x = at(inputs, 0);
-    if (x.shape.length === 0 || (x.dtype !== "f32" && x.dtype !== "i32")) fail("argsort", "needs f32 or i32 rows", inputs);
+    if (x.shape.length === 0 || (x.dtype !== "f32" && x.dtype !== "i32"))
+      fail("argsort", "needs f32 or i32 rows", inputs);
     return [spec(x.shape, "i32")];
   },
 };
@@ -117,7 +122,11 @@ export const blockEnds = (ids: Tensor, count: number): Tensor => run1(blockEndsO
 
 /** 1 at the id, 0 elsewhere: [..., size]; id -1 gives zeros. Ids of x's engine; no gradient. */
 export const oneHot = (ids: Tensor, size: number): Tensor => {
-  const line = hostConstant(ids, Int32Array.from({ length: size }, (_, i) => i), [size]);
+  const line = hostConstant(
+    ids,
+    Int32Array.from({ length: size }, (_, i) => i),
+    [size],
+  );
   const wide = reshape(ids, [...ids.shape, 1]);
   const hit = add(less(wide, line), less(line, wide));
   return where(hit, 0, onesLike(hit));

@@ -34,9 +34,20 @@ export const transposeOp: Op<{ readonly perm: readonly number[] }> = {
     if (perm.length !== x.shape.length || order.some((axis, i) => axis !== i)) {
       fail("transpose", `[${perm.join(", ")}] is not an order of the axes`, inputs);
     }
-    return [spec(perm.map((axis) => at(x.shape, axis)), x.dtype)];
+    return [
+      spec(
+        perm.map((axis) => at(x.shape, axis)),
+        x.dtype,
+      ),
+    ];
   },
-  vjp: ([dy], _, __, { perm }) => [dy && transpose(dy, perm.map((_, i) => perm.indexOf(i)))],
+  vjp: ([dy], _, __, { perm }) => [
+    dy &&
+      transpose(
+        dy,
+        perm.map((_, i) => perm.indexOf(i)),
+      ),
+  ],
 };
 /** Axes in another order: axis i of the result is axis perm[i] of x. Without `perm` the last two are exchanged. */
 export const transpose = (x: Tensor, perm?: readonly number[]): Tensor => {
@@ -62,7 +73,13 @@ export const sliceOp: Op<Slice> = {
     return [spec(size, x.dtype)];
   },
   vjp: ([dy], [x], _, { start, size }) => [
-    dy && x && pad(dy, start, x.shape.map((d, i) => d - at(start, i) - at(size, i))),
+    dy &&
+      x &&
+      pad(
+        dy,
+        start,
+        x.shape.map((d, i) => d - at(start, i) - at(size, i)),
+      ),
   ],
 };
 /** A block of x: from `start`, of the given size, one number per axis. */
@@ -76,12 +93,24 @@ export interface Pad {
 export const padOp: Op<Pad> = {
   name: "pad",
   shapes: ([x], { before, after }) =>
-    x ? [spec(x.shape.map((d, i) => d + at(before, i) + at(after, i)), x.dtype)] : [],
+    x
+      ? [
+          spec(
+            x.shape.map((d, i) => d + at(before, i) + at(after, i)),
+            x.dtype,
+          ),
+        ]
+      : [],
   fallback([x], { before, after }) {
     if (!x) return [];
     let y = x;
     x.shape.forEach((_, axis) => {
-      const zeros = (n: number) => full(x, y.shape.map((d, i) => (i === axis ? n : d)), 0);
+      const zeros = (n: number) =>
+        full(
+          x,
+          y.shape.map((d, i) => (i === axis ? n : d)),
+          0,
+        );
       const [front, back] = [at(before, axis), at(after, axis)];
       if (front + back > 0) y = concat([...(front ? [zeros(front)] : []), y, ...(back ? [zeros(back)] : [])], axis);
     });
@@ -99,10 +128,17 @@ export const concatOp: Op<{ readonly axis: number }> = {
     const x = at(inputs, 0);
     const fits = inputs.every(
       (y) =>
-        y.dtype === x.dtype && y.shape.length === x.shape.length && y.shape.every((d, i) => i === axis || d === x.shape[i]),
+        y.dtype === x.dtype &&
+        y.shape.length === x.shape.length &&
+        y.shape.every((d, i) => i === axis || d === x.shape[i]),
     );
     if (!fits || x.shape[axis] === undefined) fail("concat", `axis ${axis}: shapes or dtypes differ`, inputs);
-    return [spec(x.shape.map((d, i) => (i === axis ? inputs.reduce((n, y) => n + at(y.shape, axis), 0) : d)), x.dtype)];
+    return [
+      spec(
+        x.shape.map((d, i) => (i === axis ? inputs.reduce((n, y) => n + at(y.shape, axis), 0) : d)),
+        x.dtype,
+      ),
+    ];
   },
   vjp([dy], inputs, _, { axis }) {
     if (!dy) return [];
@@ -125,7 +161,8 @@ export const broadcastToOp: Op<{ readonly shape: readonly number[] }> = {
   shapes(inputs, { shape }) {
     count("broadcastTo", inputs, 1);
     const x = at(inputs, 0);
-    if (!same(broadcast("broadcastTo", [x, spec(shape)]), shape)) fail("broadcastTo", `cannot become [${shape.join(", ")}]`, inputs);
+    if (!same(broadcast("broadcastTo", [x, spec(shape)]), shape))
+      fail("broadcastTo", `cannot become [${shape.join(", ")}]`, inputs);
     return [spec(shape, x.dtype)];
   },
   fallback: ([x], { shape }) => (x ? [add(x, full(x, shape, 0))] : []),

@@ -1,16 +1,16 @@
 // Puts the wasm backend together: binary, memory, threads, kernel tables, upload and download.
-import { type Backend, type DType, ShapeError, type Spec, type TypedArray, UnsupportedError } from "@switchyard/core";
-import { bytesOf, createDevice, sizeOf } from "./device.ts";
+import { type Backend, ShapeError, type Spec, type TypedArray, UnsupportedError } from "@switchyard/core";
+import { bytesOf, createDevice, type Device, sizeOf } from "./device.ts";
 import { type Block, createHeap, type Heap } from "./heap.ts";
 import { attentionKernels } from "./kernels/attention.ts";
-import { elementwiseKernels } from "./kernels/elementwise.ts";
+import { cast, elementwiseKernels } from "./kernels/elementwise.ts";
 import { expertKernels } from "./kernels/experts.ts";
 import { matmulKernels, SCRATCH } from "./kernels/matmul.ts";
 import { reduceKernels } from "./kernels/reduce.ts";
 import { rowKernels } from "./kernels/rows.ts";
 import { shapeKernels } from "./kernels/shape.ts";
 import { compile, hasRelaxedSimd, type Variant } from "./loader.ts";
-import { createPool, HEAP_START, type Pool, threadsPossible } from "./pool.ts";
+import { createPool, HEAP_START, type Pool, threadsPossible, WORTH_SHARING } from "./pool.ts";
 
 export interface WasmOptions {
   /** Threads, the calling one included. Default: one per processor, at most 8; one where memory cannot be shared (`note` says why). */
@@ -44,7 +44,12 @@ const MOST_PAGES = 65_536;
  * @example const cpu = engine(await wasm({ threads: 2 }));
  * @throws UnsupportedError without WebAssembly SIMD, or for a number of threads that is not a whole number above 0.
  */
-export async function wasm(options: WasmOptions = {}): Promise<WasmBackend> {
+export function wasm(options: WasmOptions = {}): Promise<WasmBackend> {
+  return create(options, WORTH_SHARING);
+}
+
+/** `wasm` with the threshold as a parameter: tests share every job, however small. */
+export async function create(options: WasmOptions, shareFrom: number): Promise<WasmBackend> {
   const { variant = hasRelaxedSimd() ? "relaxed" : "plain", memory: limit = MOST_PAGES * PAGE } = options;
   const asked = options.threads ?? Math.min(globalThis.navigator?.hardwareConcurrency ?? 1, 8);
   if (!Number.isInteger(asked) || asked < 1 || asked > 64) {
@@ -59,24 +64,29 @@ export async function wasm(options: WasmOptions = {}): Promise<WasmBackend> {
   let started: { readonly heap: Heap; readonly pool: Pool } | undefined;
   if (asked > 1 && sharing.possible) {
     try {
-      started = await start(variant, asked, limit);
+      started = await start(variant, asked, limit, shareFrom);
     } catch (error) {
       // A page's policy may forbid workers; the reason stays readable in `note`.
       if (!(error instanceof UnsupportedError)) throw error;
       notes.push(`one thread: ${error.message}`);
     }
   }
-  const { heap, pool } = started ?? (await start(variant, 1, limit));
+  const { heap, pool } = started ?? (await start(variant, 1, limit, shareFrom));
   return assemble(heap, pool, variant, notes.join("; "));
 }
 
-async function start(variant: Variant, threads: number, limit: number): Promise<{ readonly heap: Heap; readonly pool: Pool }> {
+async function start(
+  variant: Variant,
+  threads: number,
+  limit: number,
+  shareFrom: number,
+): Promise<{ readonly heap: Heap; readonly pool: Pool }> {
   const shared = threads > 1;
   const module = await compile(variant, shared);
   const memory = reserve(Math.min(MOST_PAGES, Math.floor(limit / PAGE)), shared);
   const heap = createHeap(memory.memory, HEAP_START, memory.pages * PAGE);
   const scratch = Array.from({ length: threads }, () => heap.alloc(SCRATCH, () => "the working memory of a thread").ptr);
-  return { heap, pool: await createPool({ module, memory: memory.memory, scratch }) };
+  return { heap, pool: await createPool({ module, memory: memory.memory, scratch, shareFrom }) };
 }
 
 /** A memory that may grow to `pages`; where the system refuses to set so much address space aside, to half of it, and so on. */
@@ -137,7 +147,7 @@ function assemble(heap: Heap, pool: Pool, variant: Variant, note: string): WasmB
         throw new ShapeError(`wasm: upload: [${spec.shape.join(", ")}] needs ${sizeOf(spec.shape)} elements, found ${data.length}`);
       }
       const block = heap.alloc(bytesOf(spec), () => `a tensor [${spec.shape.join(", ")}] ${spec.dtype}`);
-      write(heap, block, data, spec.dtype);
+      write(device, block, data, spec);
       return block;
     },
     downloadSync,
@@ -153,26 +163,24 @@ function assemble(heap: Heap, pool: Pool, variant: Variant, note: string): WasmB
   };
 }
 
-/** f16 and bf16 are given as their bits (Uint16Array), everything else as numbers. */
-function write(heap: Heap, { ptr }: Block, data: TypedArray, dtype: DType): void {
-  switch (dtype) {
-    case "f32":
-      heap.f32().set(data, ptr / 4);
-      return;
-    case "i32":
-      heap.i32().set(data, ptr / 4);
-      return;
-    case "u8":
-      heap.u8().set(data, ptr);
-      return;
-    case "f16":
-    case "bf16":
-      if (!(data instanceof Uint16Array)) {
-        throw new UnsupportedError(`wasm: upload of ${dtype} takes the bits in a Uint16Array; upload f32 and cast()`);
-      }
-      heap.u16().set(data, ptr / 2);
-      return;
-    default:
-      dtype satisfies never;
+/** Numbers are converted to the storage type; a Uint16Array for f16 or bf16 holds its bits. */
+function write(device: Device, block: Block, data: TypedArray, spec: Spec): void {
+  const { heap } = device;
+  const { ptr } = block;
+  const { dtype } = spec;
+  if (dtype === "f32") heap.f32().set(data, ptr / 4);
+  else if (data instanceof Uint16Array && (dtype === "f16" || dtype === "bf16")) heap.u16().set(data, ptr / 2);
+  else if (data instanceof Int32Array && dtype === "i32") heap.i32().set(data, ptr / 4);
+  else if (data instanceof Uint8Array && dtype === "u8") heap.u8().set(data, ptr);
+  else {
+    const dtypeOfData = data instanceof Int32Array ? "i32" : data instanceof Uint8Array ? "u8" : "f32";
+    const source = { shape: spec.shape, dtype: dtypeOfData } as const;
+    const from = heap.alloc(bytesOf(source), () => `the conversion of an upload [${spec.shape.join(", ")}] to ${dtype}`);
+    try {
+      write(device, from, data, source);
+      cast(device, { ...source, handle: from }, block, dtype);
+    } finally {
+      heap.free(from);
+    }
   }
 }

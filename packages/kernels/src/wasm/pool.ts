@@ -23,7 +23,7 @@ const WAITING = 7;
 const FAILED = 8;
 
 /** Below this estimated time on one thread (nanoseconds) a job is not worth a wake-up. */
-const WORTH_SHARING = 30_000;
+export const WORTH_SHARING = 30_000;
 const PIECE = 15_000;
 const MAX_PIECES = 4_000;
 /** How long, in milliseconds, a thread looks for the next job before it sleeps. */
@@ -44,6 +44,8 @@ export interface PoolOptions {
   readonly memory: WebAssembly.Memory;
   /** One address per thread. */
   readonly scratch: readonly number[];
+  /** Estimated nanoseconds from which a job is shared. */
+  readonly shareFrom: number;
 }
 
 interface Helper {
@@ -51,7 +53,7 @@ interface Helper {
 }
 
 /** Starts the helpers and waits until they can work. Rejects when a worker cannot be started. */
-export async function createPool({ module, memory, scratch }: PoolOptions): Promise<Pool> {
+export async function createPool({ module, memory, scratch, shareFrom }: PoolOptions): Promise<Pool> {
   const exports = new WebAssembly.Instance(module, { env: { memory } }).exports;
   const names = Object.keys(exports).filter((name) => typeof exports[name] === "function");
   const ids = new Map(names.map((name, i) => [name, i]));
@@ -118,7 +120,7 @@ export async function createPool({ module, memory, scratch }: PoolOptions): Prom
       if (id === undefined || !kernel) throw new Error(`wasm: the binary has no kernel "${name}"`);
       if (!open) throw new UnsupportedError("wasm: this backend was disposed of");
       if (units <= 0) return;
-      if (threads === 1 || units === 1 || cost < WORTH_SHARING) return alone(kernel, units);
+      if (threads === 1 || units === 1 || cost < shareFrom) return alone(kernel, units);
       together(id, kernel, units, Math.min(units, MAX_PIECES, Math.max(threads, Math.min(Math.ceil(cost / PIECE), threads * 8))));
     },
     dispose() {

@@ -19,7 +19,11 @@ import { olmoe, olmoeRefusal } from "./olmoe.ts";
 
 const fixture = fileURLToPath(new URL("../../test/fixtures/olmoe", import.meta.url));
 interface Golden {
-  readonly prompts: readonly { readonly input_ids: number[]; readonly greedy_ids: number[]; readonly argmax_ids: number[] }[];
+  readonly prompts: readonly {
+    readonly input_ids: number[];
+    readonly greedy_ids: number[];
+    readonly argmax_ids: number[];
+  }[];
 }
 
 let on: Engine;
@@ -59,7 +63,9 @@ describe("a recorded checkpoint", () => {
     for (const [layer, { plan, logits: scores }] of routed.entries()) {
       if (plan.kind !== "sparse" || !scores) throw new Error("expected a sparse plan with logits");
       expect(worst(await scores.data(), await golden32(`prompt${i}.layers.${layer}.router_logits`))).toBeLessThan(1e-4);
-      expect(worst(await plan.weights.data(), await golden32(`prompt${i}.layers.${layer}.topk_weights`))).toBeLessThan(2e-5);
+      expect(worst(await plan.weights.data(), await golden32(`prompt${i}.layers.${layer}.topk_weights`))).toBeLessThan(
+        2e-5,
+      );
       const chosen = await recorded.read(`prompt${i}.layers.${layer}.topk_indices`);
       expect(Array.from(await plan.experts.data())).toEqual(Array.from(new Int32Array(chosen.buffer)));
     }
@@ -94,9 +100,17 @@ describe("export", () => {
 
   it.each([
     ["separate embeddings", {}],
-    ["tied embeddings, clipped, renormalised", { tieEmbeddings: true, clipQkv: 0.5, router: topK({ k: 3, balance: 0.5, zLoss: 0 }) }],
+    [
+      "tied embeddings, clipped, renormalised",
+      { tieEmbeddings: true, clipQkv: 0.5, router: topK({ k: 3, balance: 0.5, zLoss: 0 }) },
+    ],
   ])("gives the same logits after reloading, bit for bit: %s", async (name, change) => {
-    const config = { ...smallConfig, headSize: 2, qkNorm: "projection", router: topK({ k: 2, order: "softmax-topk" }) } as const;
+    const config = {
+      ...smallConfig,
+      headSize: 2,
+      qkNorm: "projection",
+      router: topK({ k: 2, order: "softmax-topk" }),
+    } as const;
     const original = loudModel(on, { ...config, ...change });
     await saveModel(original, join(folder, name));
     const { model: reloaded } = await loadModel(join(folder, name), { engine: on });
@@ -122,7 +136,9 @@ describe("export", () => {
   ])("names the reason why a model has another form", async (config, reason) => {
     const other = loudModel(on, config);
     expect(olmoeRefusal(other)).toMatch(reason);
-    await expect(saveModel(other, join(folder, "refused"), { layout: "olmoe" })).rejects.toThrow(/cannot be saved in the OLMoE layout/);
+    await expect(saveModel(other, join(folder, "refused"), { layout: "olmoe" })).rejects.toThrow(
+      /cannot be saved in the OLMoE layout/,
+    );
     await expect(openCheckpoint(join(folder, "refused"))).rejects.toThrow(/no config.json/);
   });
 });

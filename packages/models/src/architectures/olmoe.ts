@@ -14,7 +14,15 @@ import {
   type Transformer,
   type TransformerArchitecture,
 } from "../transformer.ts";
-import { bytesOf, type CheckpointContent, checkAllUsed, checkMemory, readFloats, readTensor, stored } from "../weights.ts";
+import {
+  bytesOf,
+  type CheckpointContent,
+  checkAllUsed,
+  checkMemory,
+  readFloats,
+  readTensor,
+  stored,
+} from "../weights.ts";
 
 /** Our path of a parameter that is stored as one tensor -> its name on the Hub. */
 const names: ReadonlyMap<string, string> = new Map([
@@ -93,7 +101,11 @@ async function readExperts(checkpoint: Checkpoint, path: string, shape: readonly
   return stacked;
 }
 
-async function read(checkpoint: Checkpoint, engine: Engine, { memory }: { readonly memory?: number }): Promise<Transformer> {
+async function read(
+  checkpoint: Checkpoint,
+  engine: Engine,
+  { memory }: { readonly memory?: number },
+): Promise<Transformer> {
   const config = readConfig(checkpoint);
   const shapes = parameterShapes(config);
   checkMemory(shapes.values(), memory);
@@ -123,10 +135,14 @@ async function read(checkpoint: Checkpoint, engine: Engine, { memory }: { readon
     const tied = (name: string): boolean => config.tieEmbeddings && name === "lm_head.weight";
     checkAllUsed(checkpoint, used, (name) => tied(name) || name.endsWith("rotary_emb.inv_freq"));
     const plugin = withWeights(config.router, gates);
-    return buildTransformer(engine, { ...config, router: plugin }, {
-      random: random(engine, 0),
-      parameter: (path) => loaded.get(path) as Tensor,
-    });
+    return buildTransformer(
+      engine,
+      { ...config, router: plugin },
+      {
+        random: random(engine, 0),
+        parameter: (path) => loaded.get(path) as Tensor,
+      },
+    );
   } catch (error) {
     for (const x of loaded.values()) x.dispose();
     throw error;

@@ -1,5 +1,16 @@
 // Our own layout, model_type "switchyard": any router, with its options, parameters and buffers. Only Switchyard loads it.
-import { CheckpointError, type Engine, type Json, leaves, mapTree, random, type RouterPlugin, type Tensor, type Tree } from "@switchyard/core";
+import {
+  CheckpointError,
+  dispose,
+  type Engine,
+  type Json,
+  leaves,
+  mapTree,
+  type RouterPlugin,
+  random,
+  type Tensor,
+  type Tree,
+} from "@switchyard/core";
 import { isRecord } from "../checkpoint.ts";
 import { ConfigReader } from "../config-reader.ts";
 import type { Checkpoint } from "../model.ts";
@@ -61,7 +72,8 @@ function findRouter(saved: ConfigReader, { routers, otherOptions = false }: Swit
   const named = routers.filter((router) => router.name === name);
   const fits = named.find((router) => same(router.options, options)) ?? (otherOptions ? named[0] : undefined);
   if (fits) return fits;
-  const passed = routers.map((router) => `${router.name}(${JSON.stringify(router.options ?? {})})`).join(", ") || "none";
+  const passed =
+    routers.map((router) => `${router.name}(${JSON.stringify(router.options ?? {})})`).join(", ") || "none";
   throw new CheckpointError(
     named.length
       ? `the checkpoint was saved with ${asked}; passed: ${passed}. Pass the same options, or set otherOptions: true`
@@ -82,13 +94,17 @@ function readConfig(checkpoint: Checkpoint, options: SwitchyardOptions): Complet
   const config = new ConfigReader(checkpoint.config);
   const found = config.whole("format");
   if (found !== format) {
-    throw new CheckpointError(`config.json: format is ${found}, this version reads ${format}; update @switchyard/models`);
+    throw new CheckpointError(
+      `config.json: format is ${found}, this version reads ${format}; update @switchyard/models`,
+    );
   }
   const router = config.get("router");
   if (!isRecord(router)) throw new CheckpointError("config.json: router is missing");
   const qkNorm = config.get("qkNorm") ?? false;
   if (qkNorm !== false && qkNorm !== "head" && qkNorm !== "projection") {
-    throw new CheckpointError(`config.json: qkNorm is ${JSON.stringify(qkNorm)}, expected false, "head" or "projection"`);
+    throw new CheckpointError(
+      `config.json: qkNorm is ${JSON.stringify(qkNorm)}, expected false, "head" or "projection"`,
+    );
   }
   return completeConfig({
     vocabulary: config.whole("vocabulary"),
@@ -123,6 +139,7 @@ async function read(
   const names = new Set(checkpoint.names);
   const used = new Set<string>();
   const loaded: Tensor[] = [];
+  let fresh: Transformer | undefined;
   const load = async (name: string, shape: readonly number[]): Promise<Tensor> => {
     const x = await readTensor(engine, checkpoint, name, shape);
     loaded.push(x);
@@ -132,7 +149,7 @@ async function read(
   try {
     const parameters = new Map<string, Tensor>();
     for (const [path, shape] of shapes) parameters.set(path, await load(`params.${path}`, shape));
-    const fresh = buildTransformer(engine, config, {
+    fresh = buildTransformer(engine, config, {
       random: random(engine, 0),
       parameter: (path) => parameters.get(path) as Tensor,
     });
@@ -159,6 +176,7 @@ async function read(
     return fresh.with({ params, buffers });
   } catch (error) {
     for (const x of loaded) x.dispose();
+    if (fresh) dispose([fresh.params, ...fresh.buffers]);
     throw error;
   }
 }

@@ -1,5 +1,5 @@
 // Elementwise kernels: broadcasting is turned into a few strides on the host; equal shapes become one long row.
-import type { Kernel } from "@switchyard/core";
+import type { DType, Kernel } from "@switchyard/core";
 import { at, bits, type Device, type Input, lastOf, only, type Result, rowsOf, sizeOf } from "../device.ts";
 import type { Block } from "../heap.ts";
 
@@ -67,7 +67,16 @@ function unary(device: Device, kernel: string, x: Input, result: Result, job: re
   return y;
 }
 
-const castKinds: Readonly<Record<string, number>> = { f32: 0, bf16: 1, f16: 2, i32: 3, u8: 4 };
+const castKinds: Readonly<Record<DType, number>> = { f32: 0, bf16: 1, f16: 2, i32: 3, u8: 4 };
+
+/** Converts x to another storage type: floats become whole numbers by dropping the fraction, saturating. */
+export function cast(device: Device, x: Input, y: Block, dtype: DType): void {
+  const total = sizeOf(x.shape);
+  const job = [x.handle.ptr, y.ptr, total, castKinds[x.dtype], castKinds[dtype]];
+  const wide = dtype === "f32" && (x.dtype === "bf16" || x.dtype === "f16");
+  const kernel = wide ? (x.dtype === "bf16" ? "widenBf16" : "widenF16") : "cast";
+  device.launch(kernel, job, units(total), total * (wide ? MOVED : 2));
+}
 
 type Primitive =
   | "add"
@@ -170,11 +179,7 @@ export function elementwiseKernels(
     cast: device.kernel("cast", ([x], [spec]) => {
       if (!x || !spec) return [];
       const y = device.result(spec);
-      const total = sizeOf(spec.shape);
-      const job = [x.handle.ptr, y.ptr, total, castKinds[x.dtype] ?? 0, castKinds[spec.dtype] ?? 0];
-      const wide = spec.dtype === "f32" && (x.dtype === "bf16" || x.dtype === "f16");
-      const kernel = wide ? (x.dtype === "bf16" ? "widenBf16" : "widenF16") : "cast";
-      device.launch(kernel, job, units(total), total * (wide ? MOVED : 2));
+      cast(device, x, y, spec.dtype);
       return [y];
     }),
 

@@ -1,6 +1,6 @@
 // Learning-rate schedules: pure functions from the step to a factor of the optimiser's learning rate. They compose:
 // warmUp(100, cosineDecay()).
-import { ShapeError } from "./errors.ts";
+import { ShapeError } from "../errors.ts";
 
 /**
  * `step` counts from 0. `totalSteps` is Infinity while the number of steps is not fixed; every schedule here is then

@@ -1,9 +1,9 @@
 // The optimisers the trainer takes: options bound to the fused op that updates one parameter (the formulas are in
 // ops/optimiser.ts).
-import { ShapeError } from "./errors.ts";
-import { run } from "./op.ts";
-import { adamwOp, sgdOp } from "./ops/optimiser.ts";
-import type { Tensor } from "./tensor.ts";
+import { ShapeError } from "../errors.ts";
+import { run } from "../op.ts";
+import { adamwOp, sgdOp } from "../ops/optimiser.ts";
+import type { Tensor } from "../tensor.ts";
 
 /** What one parameter's update may depend on beside its gradient. */
 export interface UpdateInfo {

@@ -1,10 +1,10 @@
 // What a training run is saved as: arrays, and JSON that keeps every number of the reports. Reading it back says what
 // does not fit.
-import type { DType, TypedArray } from "./backend.ts";
-import { CheckpointError } from "./errors.ts";
-import { isTensor, type Tensor, type Tree } from "./tensor.ts";
 
-export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
+import type { DType, TypedArray } from "../backend.ts";
+import { CheckpointError } from "../errors.ts";
+import type { Json } from "../json.ts";
+import { isTensor, type Tensor, type Tree } from "../tensor.ts";
 
 /**
  * Everything needed to resume, on the host; writing it to disk is the caller's business. `json` survives

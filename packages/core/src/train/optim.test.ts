@@ -1,8 +1,8 @@
 import { describe, expect, it } from "vitest";
-import { cpu } from "./cpu/index.ts";
-import { engine } from "./engine.ts";
+import { cpu } from "../cpu/index.ts";
+import { engine } from "../engine.ts";
+import type { Tensor } from "../tensor.ts";
 import { adamw, type Optimiser, sgd } from "./optim.ts";
-import type { Tensor } from "./tensor.ts";
 
 const root = engine(cpu({ precision: 64 }));
 const start = [0.5, -1.25, 2, 0, 3e-3];

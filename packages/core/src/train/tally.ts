@@ -1,13 +1,13 @@
 // The numbers of a step: small tensors gathered for one transfer, and what they say once it has arrived.
-import { lower } from "./autodiff.ts";
-import type { TypedArray } from "./backend.ts";
-import { ShapeError } from "./errors.ts";
-import type { Pass } from "./moe/plan.ts";
-import { at } from "./op.ts";
-import { cast } from "./ops/elementwise.ts";
-import { sum, sumSquares } from "./ops/reduce.ts";
-import { concat, constant, reshape } from "./ops/shape.ts";
-import { show, type Tensor } from "./tensor.ts";
+import { lower } from "../autodiff.ts";
+import type { TypedArray } from "../backend.ts";
+import { ShapeError } from "../errors.ts";
+import type { Pass } from "../moe/plan.ts";
+import { at } from "../op.ts";
+import { cast } from "../ops/elementwise.ts";
+import { sum, sumSquares } from "../ops/reduce.ts";
+import { concat, constant, reshape } from "../ops/shape.ts";
+import { show, type Tensor } from "../tensor.ts";
 
 /** How many tokens a batch has. */
 export interface BatchFacts {

@@ -1,19 +1,20 @@
 // The trainer: forward, gradient, clipping, update, router buffers, report; snapshots that resume bit for bit. No
 // model and no files in here.
-import { autodiff, grad, lower, watch } from "./autodiff.ts";
-import type { Engine } from "./engine.ts";
-import { CheckpointError, ShapeError, UnsupportedError } from "./errors.ts";
-import type { Pass, Router, StepInfo, StepStatistics, TrainingHook } from "./moe/plan.ts";
-import { at } from "./op.ts";
-import { add, div, maximum, mul, where } from "./ops/elementwise.ts";
+import { autodiff, grad, lower, watch } from "../autodiff.ts";
+import type { Engine } from "../engine.ts";
+import { CheckpointError, ShapeError, UnsupportedError } from "../errors.ts";
+import type { Json } from "../json.ts";
+import type { Pass, Router, StepInfo, StepStatistics, TrainingHook } from "../moe/plan.ts";
+import { at } from "../op.ts";
+import { add, div, maximum, mul, where } from "../ops/elementwise.ts";
+import { type Random, random } from "../random.ts";
+import { release } from "../scope.ts";
+import { leaves, mapTree, show, type Tensor, type Tree } from "../tensor.ts";
 import type { Optimiser } from "./optim.ts";
-import { type Random, random } from "./random.ts";
 import { constantRate, type Schedule } from "./schedule.ts";
-import { release } from "./scope.ts";
 import {
   encode,
   FORMAT,
-  type Json,
   outline,
   outlined,
   readHead,
@@ -22,7 +23,6 @@ import {
   type TrainerSnapshot,
 } from "./snapshot.ts";
 import { type BatchFacts, one, type Tally, tallyOf, tokenCount } from "./tally.ts";
-import { leaves, mapTree, show, type Tensor, type Tree } from "./tensor.ts";
 
 /** What a task knows about the forward pass it is asked for. */
 export interface PassInfo {

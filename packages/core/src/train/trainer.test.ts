@@ -1,22 +1,22 @@
 import { describe, expect, it } from "vitest";
-import { cpu } from "./cpu/index.ts";
-import { type Engine, engine } from "./engine.ts";
-import { glu } from "./moe/experts.ts";
-import { layerParams, moe } from "./moe/layer.ts";
-import { switchBalance } from "./moe/losses.ts";
-import type { Loss, Pass, Routed, Router, StepStatistics, TrainingHook } from "./moe/plan.ts";
-import { add, mul, sub } from "./ops/elementwise.ts";
-import { softmaxTopk } from "./ops/experts.ts";
-import { linear } from "./ops/matmul.ts";
-import { crossEntropy } from "./ops/normalise.ts";
-import { mean, sum } from "./ops/reduce.ts";
-import { takeRows } from "./ops/rows.ts";
-import { reshape } from "./ops/shape.ts";
+import { cpu } from "../cpu/index.ts";
+import { type Engine, engine } from "../engine.ts";
+import { glu } from "../moe/experts.ts";
+import { layerParams, moe } from "../moe/layer.ts";
+import { switchBalance } from "../moe/losses.ts";
+import type { Loss, Pass, Routed, Router, StepStatistics, TrainingHook } from "../moe/plan.ts";
+import { add, mul, sub } from "../ops/elementwise.ts";
+import { softmaxTopk } from "../ops/experts.ts";
+import { linear } from "../ops/matmul.ts";
+import { crossEntropy } from "../ops/normalise.ts";
+import { mean, sum } from "../ops/reduce.ts";
+import { takeRows } from "../ops/rows.ts";
+import { reshape } from "../ops/shape.ts";
+import { type Random, random } from "../random.ts";
+import { dispose, leaves, type Tensor, type Tree } from "../tensor.ts";
 import { adamw, sgd } from "./optim.ts";
-import { type Random, random } from "./random.ts";
 import { cosineDecay, warmUp } from "./schedule.ts";
-import { dispose, leaves, type Tensor, type Tree } from "./tensor.ts";
-import { type PassInfo, type StepReport, type Task, type Trainer, type TrainerOptions, trainer } from "./train.ts";
+import { type PassInfo, type StepReport, type Task, type Trainer, type TrainerOptions, trainer } from "./trainer.ts";
 
 // A language model of two MoE layers on a made-up text: embedding (tied with the head), noisy top-k routing with a
 // bias and a
