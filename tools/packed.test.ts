@@ -3,7 +3,7 @@ import { spawnSync } from "node:child_process";
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { afterAll, beforeAll, expect, test } from "vitest";
+import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { root } from "./child.mjs";
 import { examples } from "./examples.ts";
 import { npm, type Packed, pack } from "./pack.ts";
@@ -44,11 +44,44 @@ test("nothing else is installed, and core only once", () => {
   }
 });
 
-test("the example of the README runs", () => {
-  const [example] = examples(readFileSync(join(root, "README.md"), "utf8"));
-  expect(example).toBeDefined();
-  writeFileSync(join(folder, "example.ts"), example!.code);
-  const { status, stdout, stderr } = spawnSync(process.execPath, ["example.ts"], { cwd: folder, encoding: "utf8" });
-  expect(status, stderr).toBe(0);
-  expect(stdout.trim()).not.toBe("");
+test("declarations take the types of core from core", () => {
+  for (const name of ["routers", "kernels"]) {
+    const dist = join(folder, "node_modules", "@switchyard", name, "dist");
+    const files = readdirSync(dist, { recursive: true, encoding: "utf8" }).filter((file) => file.endsWith(".d.ts"));
+    const text = files.map((file) => readFileSync(join(dist, file), "utf8")).join("\n");
+    expect(text).toMatch(/from ["']@switchyard\/core["']/);
+    expect(text).not.toMatch(/interface (Tensor|Engine|Backend|RouterPlugin)\b/);
+  }
 });
+
+describe("the example of the README", () => {
+  const [example] = examples(readFileSync(join(root, "README.md"), "utf8"));
+  beforeAll(() => writeFileSync(join(folder, "example.ts"), example?.code ?? ""));
+
+  test("runs", () => {
+    expect(example?.kind).toBe("program");
+    expect(node(["example.ts"]).trim()).not.toBe("");
+  });
+
+  test("has the right types, strictly and with those of the packages checked", () => {
+    const options = [
+      "--strict",
+      "--exactOptionalPropertyTypes",
+      "--noEmit",
+      "--target",
+      "es2023",
+      "--module",
+      "nodenext",
+    ];
+    // Without @types/node: declarations must not need more than a browser has.
+    const surroundings = ["--lib", "es2023,dom,esnext.disposable", "--skipLibCheck", "false"];
+    node([join(root, "node_modules", "typescript", "bin", "tsc"), ...options, ...surroundings, "example.ts"]);
+  });
+});
+
+/** Runs a program in the folder, on the Node of this test; answers its output. */
+function node(args: readonly string[]): string {
+  const { status, stdout, stderr } = spawnSync(process.execPath, [...args], { cwd: folder, encoding: "utf8" });
+  expect(status, `${stdout}${stderr}`).toBe(0);
+  return stdout;
+}

@@ -7,8 +7,8 @@ test.each(readmes())("the tables of $path are up to date (npm run tables writes 
 });
 
 test("the tables of packages and routers are shown somewhere", () => {
-  const all = readmes().map(({ text }) => text);
-  for (const name of ["packages", "routers"]) expect(all.join("\n")).toContain(`<!-- table: ${name} -->`);
+  const shown = (name: string): boolean => readmes().some(({ text }) => text.includes(`<!-- table: ${name} -->`));
+  expect(["packages", "routers"].filter((name) => !shown(name))).toEqual([]);
 });
 
 test("a table is written anew between its markers only", async () => {

@@ -7,6 +7,7 @@ import {
   type Contender,
   compare,
   contender,
+  cpuSpeedup,
   measure,
   relativeError,
   speedup,

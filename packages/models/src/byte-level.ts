@@ -1,4 +1,5 @@
-// The byte-level alphabet and word splitting of GPT-2: every byte has a printable character, and merges never cross words.
+// The byte-level alphabet and word splitting of GPT-2: every byte has a printable character, and merges never cross
+// words.
 
 /**
  * The pattern that cuts text into words, as in the `tokenizers` libraries. A cut between a character and a following

@@ -1,14 +1,26 @@
-// The cache of a transformer: keys, values and the routers' own state of earlier positions, per layer. It grows by copying.
-import { alias, concat, dispose, mapTree, ShapeError, slice, type Tensor, type Tree, takeRows } from "@switchyard/core";
+// The cache of a transformer: keys, values and the routers' own state of earlier positions, per layer. It grows by
+// copying.
+import {
+  alias,
+  concat,
+  dispose,
+  type Engine,
+  mapTree,
+  ShapeError,
+  slice,
+  type Tensor,
+  type Tree,
+  takeRows,
+} from "@switchyard/core";
 import type { KvCache } from "./model.ts";
 
-interface LayerState {
+type LayerState = {
   /** [batch, positions, kvHeads, headSize] */
   readonly keys: Tensor;
   readonly values: Tensor;
   /** Leaves [batch, positions, ...]: all positions so far, as the router returned them. */
   readonly router?: Tree;
-}
+};
 
 /** The cache that `Transformer.newCache` makes. Its tensors belong to it, not to any scope: dispose it when done. */
 export class TransformerCache implements KvCache {
@@ -33,17 +45,17 @@ export class TransformerCache implements KvCache {
     for (const x of [keys, values]) {
       if (x.shape.length !== 4 || x.shape[0] !== this.#batch) {
         throw new ShapeError(
-          `cache: keys and values must be [batch, sequence, kvHeads, headSize] with batch ${this.#batch}, found [${x.shape}]`,
+          `cache: keys and values must be [batch, sequence, kvHeads, headSize] with batch ${this.#batch}, ` +
+            `found [${x.shape}]`,
         );
       }
     }
     const old = this.#layers[layer];
     const join = (before: Tensor | undefined, x: Tensor): Tensor => (before ? concat([before, x], 1) : x);
-    this.#replace(layer, keys.engine, () => ({
-      ...old,
-      keys: join(old?.keys, keys),
-      values: join(old?.values, values),
-    }));
+    const grown = own(keys.engine, () => ({ keys: join(old?.keys, keys), values: join(old?.values, values) }));
+    this.#layers[layer] = { ...old, ...grown };
+    old?.keys.dispose();
+    old?.values.dispose();
   }
 
   /** All keys and values so far, [batch, positions, kvHeads, headSize]; undefined before the first append. */
@@ -55,7 +67,8 @@ export class TransformerCache implements KvCache {
   setRouter(layer: number, router: Tree): void {
     const old = this.#layers[layer];
     if (!old) throw new ShapeError(`cache: layer ${layer} has no keys yet`);
-    this.#replace(layer, old.keys.engine, () => ({ ...old, router }));
+    this.#layers[layer] = { ...old, router: own(old.keys.engine, () => router) };
+    if (old.router) dispose(old.router);
   }
 
   reorder(rows: readonly number[]): void {
@@ -80,41 +93,26 @@ export class TransformerCache implements KvCache {
   }
 
   dispose(): void {
-    for (const state of this.#layers.splice(0)) free(state);
+    for (const state of this.#layers) if (state) dispose({ ...state });
+    this.#layers.fill(undefined);
   }
 
+  /** All layers are made anew before anything old goes, so that a failure leaves the cache as it was. */
   #change(change: (x: Tensor) => Tensor): void {
-    for (const [layer, old] of this.#layers.entries()) {
-      if (!old) continue;
-      const { keys, values, router } = old;
-      this.#replace(layer, keys.engine, () => ({
-        keys: change(keys),
-        values: change(values),
-        ...(router ? { router: mapTree(router, change) } : {}),
-      }));
+    const changed = this.#layers.map((old) => old && own(old.keys.engine, () => mapTree({ ...old }, change)));
+    for (const [layer, state] of changed.entries()) {
+      const old = this.#layers[layer];
+      this.#layers[layer] = state;
+      if (old) dispose({ ...old });
     }
-  }
-
-  /** The new state is complete before anything old goes, so that a failure leaves the cache as it was. */
-  #replace(layer: number, engine: Tensor["engine"], make: () => LayerState): void {
-    const old = this.#layers[layer];
-    let state: LayerState | undefined;
-    engine.scope(() => {
-      const { keys, values, router } = make();
-      state = {
-        keys: alias(keys),
-        values: alias(values),
-        ...(router ? { router: mapTree(router, alias) } : {}),
-      };
-    });
-    this.#layers[layer] = state;
-    free(old);
   }
 }
 
-function free(state: LayerState | undefined): void {
-  if (!state) return;
-  state.keys.dispose();
-  state.values.dispose();
-  if (state.router) dispose(state.router);
+/** Runs `make` in a scope and takes what it returns out of all scopes: the caller frees it. */
+function own<T extends Tree>(engine: Engine, make: () => T): T {
+  const kept: T[] = [];
+  engine.scope(() => {
+    kept.push(mapTree(make(), (x) => alias(x)));
+  });
+  return kept[0] as T;
 }

@@ -144,6 +144,6 @@ describe("generate", () => {
   it("refuses a router that looks ahead", async () => {
     const router: RouterPlugin = { ...plainTopK(2), name: "peeking", causal: { training: false, evaluation: false } };
     const peeking = transformer(on, { ...smallConfig, router }, random(on, 1));
-    await expect(collect({ prompt: [1] }, peeking)).rejects.toThrow(/router peeking .* it cannot generate text/);
+    await expect(collect({ prompt: [1] }, peeking)).rejects.toThrow(/router peeking .* it can neither generate text/);
   });
 });

@@ -1,5 +1,5 @@
-// Text generation, one token after the other, with a cache. Sampling is done on the host in float64, so that a seed gives the
-// same text on every backend whose logits agree.
+// Text generation, one token after the other, with a cache. Sampling is done on the host in float64, so that a seed
+// gives the same text on every backend whose logits agree.
 import { random, ShapeError } from "@switchyard/core";
 import type { Tokenizer } from "./tokenizer.ts";
 import type { Transformer } from "./transformer.ts";

@@ -27,14 +27,6 @@ export {
   type TokenizerTrainingOptions,
   trainTokenizer,
 } from "./tokenizer-training.ts";
-export {
-  type CompleteConfig,
-  completeConfig,
-  parameterShapes,
-  type Transformer,
-  type TransformerArchitecture,
-  type TransformerConfig,
-  type TransformerOptions,
-  transformer,
-} from "./transformer.ts";
+export { type Transformer, type TransformerArchitecture, type TransformerOptions, transformer } from "./transformer.ts";
+export { type CompleteConfig, completeConfig, parameterShapes, type TransformerConfig } from "./transformer-config.ts";
 export type { CheckpointContent } from "./weights.ts";

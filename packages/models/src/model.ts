@@ -47,7 +47,10 @@ export interface Model {
     ids: Tensor,
     options?: ForwardOptions,
   ): { readonly logits: Tensor; readonly routed: readonly Routed[] };
-  /** Inference layer by layer: route, leave the scope, prepare experts, apply. Logits of the last position: [batch, vocabulary]. */
+  /**
+   * Inference layer by layer: route, leave the scope, prepare experts, apply. Logits of the last position: [batch,
+   * vocabulary].
+   */
   step(ids: Tensor, options?: ForwardOptions): Promise<Tensor>;
   newCache(batch: number): KvCache;
 }

@@ -11,7 +11,8 @@ import {
   type Tree,
 } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
-import { type TransformerConfig, transformer } from "./transformer.ts";
+import { transformer } from "./transformer.ts";
+import type { TransformerConfig } from "./transformer-config.ts";
 
 export const makeEngine = (precision: 32 | 64 = 32): Engine => engine(cpu({ precision }));
 

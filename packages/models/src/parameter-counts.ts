@@ -1,6 +1,6 @@
 // Counting parameters without making any: routers are set up on a backend that knows shapes only.
 import { type Backend, engine, leaves, random } from "@switchyard/core";
-import { completeConfig, parameterShapes, type TransformerConfig } from "./transformer.ts";
+import { completeConfig, parameterShapes, type TransformerConfig } from "./transformer-config.ts";
 
 export interface ParameterCounts {
   readonly total: number;
@@ -21,13 +21,13 @@ function shapesOnly(): Backend<object> {
     }),
     upload: () => ({}),
     download: () => Promise.reject(new Error("a backend that knows shapes only has no numbers to read")),
-    free: () => {},
+    free: () => undefined,
   };
 }
 
 /**
- * Parameters of a model, in all and active per token. A token uses `expertsPerToken` experts: what the router says, unless
- * given here; where neither does, every expert counts as active.
+ * Parameters of a model, in all and active per token. A token uses `expertsPerToken` experts: what the router says,
+ * unless given here; where neither does, every expert counts as active.
  */
 export function parameterCounts(
   config: TransformerConfig,

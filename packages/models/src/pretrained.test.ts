@@ -1,4 +1,5 @@
-// Saving and loading whole folders: our own layout with buffers and shared tensors, tokenizers, refusals, a save that fails.
+// Saving and loading whole folders: our own layout with buffers and shared tensors, tokenizers, refusals, a save that
+// fails.
 import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -11,7 +12,8 @@ import { loudModel, makeEngine, plainTopK, readAll, smallConfig } from "./models
 import { loadModel, saveModel } from "./pretrained.ts";
 import { tokenizer } from "./tokenizer.ts";
 import { trainTokenizer } from "./tokenizer-training.ts";
-import type { Transformer, TransformerConfig } from "./transformer.ts";
+import type { Transformer } from "./transformer.ts";
+import type { TransformerConfig } from "./transformer-config.ts";
 
 let folder = "";
 let on: Engine;

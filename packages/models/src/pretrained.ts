@@ -1,4 +1,5 @@
-// Saving a model as a folder and loading it again: the OLMoE layout where the model has that form, our own where it has not.
+// Saving a model as a folder and loading it again: the OLMoE layout where the model has that form, our own where it has
+// not.
 import { CheckpointError, type Engine, type Json, type RouterPlugin, ShapeError } from "@switchyard/core";
 import { olmoe, olmoeRefusal, type SpecialIds, writeOlmoe } from "./architectures/olmoe.ts";
 import { switchyard, writeSwitchyard } from "./architectures/switchyard.ts";
@@ -11,7 +12,9 @@ import type { Transformer } from "./transformer.ts";
 export interface SaveOptions {
   /** Saved beside the weights. */
   readonly tokenizer?: Tokenizer;
-  /** "olmoe" loads in Hugging Face Transformers, "switchyard" only here; default: olmoe where the model has that form. */
+  /**
+   * "olmoe" loads in Hugging Face Transformers, "switchyard" only here; default: olmoe where the model has that form.
+   */
   readonly layout?: "olmoe" | "switchyard";
 }
 
@@ -22,11 +25,12 @@ const json = (name: string, value: Json): FileToSave => ({
 
 /** Files of an earlier save that would not belong to the new weights. */
 const ours =
-  /^(model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|tokenizer(_config)?\.json|generation_config\.json)$/;
+  /^(model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(tokenizer(_config)?|generation_config)\.json)$/;
 
 /**
  * Saves a model, all or nothing, and says in which layout. Files in the folder that do not belong to a checkpoint stay.
- * Throws CheckpointError where the folder cannot be written or the model does not have the form of the layout asked for.
+ * Throws CheckpointError where the folder cannot be written or the model does not have the form of the layout asked
+ * for.
  *
  * @example await saveModel(model, "runs/first/model", { tokenizer });
  */
@@ -38,7 +42,8 @@ export async function saveModel(
   const { tokenizer, layout = olmoeRefusal(model) === undefined ? "olmoe" : "switchyard" } = options;
   if (tokenizer && tokenizer.vocabulary > model.vocabulary) {
     throw new ShapeError(
-      `saveModel: the tokenizer has ${tokenizer.vocabulary} ids, the model only ${model.vocabulary}; they do not belong together`,
+      `saveModel: the tokenizer has ${tokenizer.vocabulary} ids, the model only ${model.vocabulary}; ` +
+        "they do not belong together",
     );
   }
   const special = specialIds(tokenizer);
@@ -92,7 +97,8 @@ export interface LoadedModel {
 
 /**
  * Loads a model (and its tokenizer) from a folder: `model_type` olmoe or switchyard.
- * Throws CheckpointError where the folder holds no such checkpoint, is damaged, or needs a router that was not passed in.
+ * Throws CheckpointError where the folder holds no such checkpoint, is damaged, or needs a router that was not passed
+ * in.
  *
  * @example const { model, tokenizer } = await loadModel("runs/first/model", { engine, routers: [topK({ k: 2 })] });
  */

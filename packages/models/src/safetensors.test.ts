@@ -1,4 +1,5 @@
-// Reading and writing safetensors: a round trip of awkward tensors, every refusal by name, and widening of stored floats.
+// Reading and writing safetensors: a round trip of awkward tensors, every refusal by name, and widening of stored
+// floats.
 import { CheckpointError } from "@switchyard/core";
 import { describe, expect, it } from "vitest";
 import { bytesSource, encodeSafetensors, readHeader, type TensorSource, toFloat32 } from "./safetensors.ts";

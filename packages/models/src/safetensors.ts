@@ -26,7 +26,9 @@ export interface Safetensors {
   readonly tensors: ReadonlyMap<string, StoredTensor>;
 }
 
-/** A tensor to be written. `bytes` is called once, when its turn comes, so that only one tensor is in memory at a time. */
+/**
+ * A tensor to be written. `bytes` is called once, when its turn comes, so that only one tensor is in memory at a time.
+ */
 export interface TensorSource {
   readonly name: string;
   readonly dtype: string;
@@ -78,7 +80,10 @@ function bytesNeeded(bits: number, shape: readonly number[]): number | undefined
   return total % 8 === 0 ? total / 8 : undefined;
 }
 
-/** The part of JSON a header may use. Written by hand because JSON.parse keeps the last of two equal keys without a word. */
+/**
+ * The part of JSON a header may use. Written by hand because JSON.parse keeps the last of two equal keys without a
+ * word.
+ */
 class HeaderParser {
   readonly #text: string;
   readonly #where: string;
@@ -256,7 +261,8 @@ export async function readHeader(source: ByteSource): Promise<Safetensors> {
   const length = new DataView((await source.read(0, 8)).buffer).getBigUint64(0, true);
   if (length > BigInt(maximumHeader)) {
     throw new CheckpointError(
-      `${where}: the header says it is ${length} bytes long; at most ${maximumHeader} are allowed. Is this a safetensors file?`,
+      `${where}: the header says it is ${length} bytes long; at most ${maximumHeader} are allowed. ` +
+        "Is this a safetensors file?",
     );
   }
   const size = Number(length);
@@ -324,7 +330,8 @@ export async function* encodeSafetensors(
     const bytes = await tensor.bytes();
     if (bytes.length !== sizes[i]) {
       throw new CheckpointError(
-        `cannot write tensor ${quote(tensor.name)}: ${tensor.dtype} [${tensor.shape}] needs ${sizes[i]} bytes, got ${bytes.length}`,
+        `cannot write tensor ${quote(tensor.name)}: ${tensor.dtype} [${tensor.shape}] needs ${sizes[i]} bytes, ` +
+          `got ${bytes.length}`,
       );
     }
     for (let from = 0; from < bytes.length; from += pieceSize) yield bytes.subarray(from, from + pieceSize);

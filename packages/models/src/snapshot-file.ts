@@ -1,4 +1,5 @@
-// A trainer's snapshot as one safetensors file, replaced in one rename, so that an interrupted save leaves the earlier one.
+// A trainer's snapshot as one safetensors file, replaced in one rename, so that an interrupted save leaves the earlier
+// one.
 import {
   CheckpointError,
   type DType,
@@ -25,7 +26,10 @@ const types: ReadonlyMap<string, readonly [DType, (bytes: Uint8Array) => TypedAr
   ["U8", ["u8", (bytes) => bytes]],
 ]);
 
-/** Writes a snapshot to a file (Node). Throws CheckpointError where it cannot be written; the earlier file is then untouched. */
+/**
+ * Writes a snapshot to a file (Node). Throws CheckpointError where it cannot be written; the earlier file is then
+ * untouched.
+ */
 export async function writeSnapshot(path: string, snapshot: TrainerSnapshot): Promise<void> {
   const { basename, dirname } = await import("node:path");
   const tensors = Object.entries(snapshot.arrays).map(([name, { data, shape }]) => ({
@@ -38,7 +42,10 @@ export async function writeSnapshot(path: string, snapshot: TrainerSnapshot): Pr
   await saveFiles(dirname(path), [{ name: basename(path), content }], { last: basename(path) });
 }
 
-/** Reads a snapshot back; `trainer.restore` checks that it fits. Throws CheckpointError where the file is missing or damaged. */
+/**
+ * Reads a snapshot back; `trainer.restore` checks that it fits. Throws CheckpointError where the file is missing or
+ * damaged.
+ */
 export async function readSnapshot(path: string): Promise<TrainerSnapshot> {
   const source = await fileSource(path);
   if (!source) throw new CheckpointError(`cannot read ${path}: there is no such file`);

@@ -10,7 +10,8 @@ import { generate } from "./generate.ts";
 import { makeEngine, naiveForward, plainTopK, readAll, smallConfig } from "./models.test-util.ts";
 import { readSnapshot, writeSnapshot } from "./snapshot-file.ts";
 import { languageModelTask, randomWindows, type TextBatch } from "./task.ts";
-import { type TransformerConfig, transformer } from "./transformer.ts";
+import { transformer } from "./transformer.ts";
+import type { TransformerConfig } from "./transformer-config.ts";
 
 // Sequences that count upwards modulo 11, from a start that depends on the index.
 const batch = (index: number): TextBatch => {

@@ -15,7 +15,8 @@ export interface TextBatch {
 /**
  * The task of training `model` on batches of text, for `trainer(engine, task, options)`, which takes its parameters and
  * buffers over: afterwards use `model.with({ params: trainer.params, buffers: trainer.buffers })`.
- * The loss is the mean over the labelled positions, in nats. `batch(index)` must give the same batch for the same index.
+ * The loss is the mean over the labelled positions, in nats. `batch(index)` must give the same batch for the same
+ * index.
  */
 export function languageModelTask(model: Transformer, data: { batch(index: number): TextBatch }): Task<TextBatch> {
   const { engine, config } = model;
@@ -50,7 +51,8 @@ function checked(batch: TextBatch, what: string, vocabulary: number): TextBatch 
   const tokens = shape[0] * shape[1];
   if (ids.length !== tokens || labels.length !== tokens || (mask && mask.length !== tokens)) {
     throw new ShapeError(
-      `${what}: [${shape}] needs ${tokens} ids, labels and mask entries; found ${ids.length}, ${labels.length}, ${mask?.length ?? "none"}`,
+      `${what}: [${shape}] needs ${tokens} ids, labels and mask entries; ` +
+        `found ${ids.length}, ${labels.length}, ${mask?.length ?? "none"}`,
     );
   }
   const wrong = ids.find((id) => id < 0 || id >= vocabulary) ?? labels.find((id) => id < -1 || id >= vocabulary);
@@ -59,8 +61,8 @@ function checked(batch: TextBatch, what: string, vocabulary: number): TextBatch 
 }
 
 /**
- * Batches of random windows of a text: every index gives the same windows again, whatever came before. Labels are the ids one
- * further on. Throws ShapeError where the text is shorter than one window.
+ * Batches of random windows of a text: every index gives the same windows again, whatever came before. Labels are the
+ * ids one further on. Throws ShapeError where the text is shorter than one window.
  *
  * @example languageModelTask(model, randomWindows(ids, { batch: 8, sequence: 128, random: random(engine, 1) }))
  */

@@ -14,7 +14,9 @@ export interface TokenizerProgress {
 }
 
 export interface TokenizerTrainingOptions {
-  /** Size of the vocabulary, special tokens and the 256 bytes included. Fewer are made where the text has no more pairs. */
+  /**
+   * Size of the vocabulary, special tokens and the 256 bytes included. Fewer are made where the text has no more pairs.
+   */
   readonly vocabulary: number;
   /** They get the first ids. The first of them separates documents. */
   readonly specialTokens?: readonly string[];
@@ -32,7 +34,9 @@ export interface TokenizerFiles {
 
 type Defaulted = "specialTokens" | "minimumCount";
 
-/** Two neighbouring tokens: how often they occur and where. A position goes stale when a merge takes one of its ends. */
+/**
+ * Two neighbouring tokens: how often they occur and where. A position goes stale when a merge takes one of its ends.
+ */
 interface Pair {
   readonly a: number;
   readonly b: number;

@@ -1,4 +1,5 @@
-// Training against the Rust library's merges and a naive trainer; encoding against @huggingface/tokenizers; round trips.
+// Training against the Rust library's merges and a naive trainer; encoding against @huggingface/tokenizers; round
+// trips.
 import { readFile } from "node:fs/promises";
 import { Tokenizer as LibraryTokenizer } from "@huggingface/tokenizers";
 import fc from "fast-check";

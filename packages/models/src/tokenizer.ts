@@ -1,5 +1,5 @@
-// Text to ids and back. Any tokenizer.json is served by @huggingface/tokenizers; byte-level BPE, which is what we train,
-// also has a fast way of encoding that gives the same ids.
+// Text to ids and back. Any tokenizer.json is served by @huggingface/tokenizers; byte-level BPE, which is what we
+// train, also has a fast way of encoding that gives the same ids.
 import { Tokenizer as LibraryTokenizer } from "@huggingface/tokenizers";
 import type { Json } from "@switchyard/core";
 import { CheckpointError, ShapeError } from "@switchyard/core";

@@ -1,4 +1,5 @@
-// The transformer against naive loops, cached against uncached, step against forward, refusals, counts and live handles.
+// The transformer against naive loops, cached against uncached, step against forward, refusals, counts and live
+// handles.
 import {
   type Engine,
   leaves,
@@ -14,7 +15,8 @@ import {
 import { describe, expect, it } from "vitest";
 import { loudModel, makeEngine, naiveForward, plainTopK, readAll, smallConfig } from "./models.test-util.ts";
 import { parameterCounts } from "./parameter-counts.ts";
-import { parameterShapes, type Transformer, type TransformerConfig, transformer } from "./transformer.ts";
+import { type Transformer, transformer } from "./transformer.ts";
+import { parameterShapes, type TransformerConfig } from "./transformer-config.ts";
 
 const idsOf = (on: Engine, rows: readonly (readonly number[])[]): Tensor =>
   on.tensor(Int32Array.from(rows.flat()), [rows.length, rows[0]?.length ?? 0]);
@@ -280,7 +282,9 @@ describe("what routers get", () => {
                 });
               }),
             );
-            return { ...made.route(params, input), carry: { hidden: input.hidden }, cache: { total } };
+            const routed = { ...made.route(params, input), carry: { hidden: input.hidden } };
+            // At the third step it returns no new state: the earlier one stays.
+            return past === 4 ? routed : { ...routed, cache: { total } };
           },
         };
       },
@@ -289,7 +293,7 @@ describe("what routers get", () => {
     const model = loudModel(on, { ...smallConfig, router });
     const live = on.live();
     const cache = model.newCache(1);
-    for (const piece of [[1, 2, 3], [4]]) {
+    for (const piece of [[1, 2, 3], [4], [5], [6]]) {
       const ids = idsOf(on, [piece]);
       (await model.step(ids, { cache })).dispose();
       ids.dispose();
@@ -309,6 +313,10 @@ describe("what routers get", () => {
       { layer: 1, carried: true, past: 0, cached: 0, attention: [1, 4, 3, 3], ids: [1, 2, 3] },
       { layer: 0, carried: false, past: 3, cached: 3, attention: [1, 4, 1, 4], ids: [4] },
       { layer: 1, carried: true, past: 3, cached: 3, attention: [1, 4, 1, 4], ids: [4] },
+      { layer: 0, carried: false, past: 4, cached: 4, attention: [1, 4, 1, 5], ids: [5] },
+      { layer: 1, carried: true, past: 4, cached: 4, attention: [1, 4, 1, 5], ids: [5] },
+      { layer: 0, carried: false, past: 5, cached: 4, attention: [1, 4, 1, 6], ids: [6] },
+      { layer: 1, carried: true, past: 5, cached: 4, attention: [1, 4, 1, 6], ids: [6] },
     ]);
     for (const { sums } of seen) for (const total of sums) expect(total).toBeCloseTo(1, 9);
     cache.dispose();
@@ -436,6 +444,13 @@ describe("refusals", () => {
     expect(() => run([[1]], { cache: foreign })).toThrow(/another kind of model/);
   });
 
+  it("a step without tokens", async () => {
+    const model = loudModel(on, smallConfig);
+    const empty = on.tensor(new Int32Array(0), [1, 0]);
+    await expect(model.step(empty)).rejects.toThrow(/at least one token/);
+    expect(model.forward(model.params, empty).logits.shape).toEqual([1, 0, 13]);
+  });
+
   it("routers that look ahead, in one clear sentence, unless allowed", async () => {
     const ahead: RouterPlugin = { ...plainTopK(2), name: "peeking", causal: { training: false, evaluation: true } };
     const model = loudModel(on, { ...smallConfig, router: ahead });
@@ -449,7 +464,7 @@ describe("refusals", () => {
       ...smallConfig,
       router: { ...ahead, causal: { training: true, evaluation: false } },
     });
-    await expect(never.step(ids)).rejects.toThrow(/it cannot generate text/);
+    await expect(never.step(ids)).rejects.toThrow(/it can neither generate text/);
     const allowed = loudModel(on, { ...smallConfig, router: ahead, allowNonCausal: true });
     expect(() => allowed.forward(allowed.params, ids, { training: true })).not.toThrow();
   });

@@ -1,5 +1,6 @@
-// A decoder-only Mixture-of-Experts transformer: pre-norm RMS normalisation (1910.07467), rotary positions (2104.09864),
-// grouped-query attention (2305.13245) and SwiGLU experts (2002.05202) behind any router. One definition trains and runs.
+// A decoder-only Mixture-of-Experts transformer: pre-norm RMS normalisation (1910.07467), rotary positions
+// (2104.09864), grouped-query attention (2305.13245) and SwiGLU experts (2002.05202) behind any router. One definition
+// trains and runs.
 import {
   add,
   affine,
@@ -21,7 +22,6 @@ import {
   type Routed,
   type Router,
   type RouterInput,
-  type RouterPlugin,
   reshape,
   rmsNorm,
   rope,
@@ -36,50 +36,8 @@ import {
 } from "@switchyard/core";
 import { TransformerCache } from "./cache.ts";
 import type { Architecture, Checkpoint, ForwardOptions, KvCache, Model } from "./model.ts";
+import { type CompleteConfig, completeConfig, parameterShapes, type TransformerConfig } from "./transformer-config.ts";
 import { branch, leaf, tensorsIn } from "./tree.ts";
-
-export interface TransformerConfig {
-  /** Number of token ids. */
-  readonly vocabulary: number;
-  /** Size of the residual stream. */
-  readonly width: number;
-  readonly layers: number;
-  readonly heads: number;
-  /** Heads of keys and values, a divisor of `heads`; default heads. */
-  readonly kvHeads?: number;
-  /** Channels per head, even; default width / heads. */
-  readonly headSize?: number;
-  /** Experts per layer. */
-  readonly experts: number;
-  /** Inner size of one expert. */
-  readonly hidden: number;
-  readonly router: RouterPlugin;
-  /** Longest sequence. */
-  readonly context: number;
-  /** Default 10000. */
-  readonly ropeTheta?: number;
-  /** Default 1e-5. */
-  readonly normEps?: number;
-  /**
-   * RMS normalisation of queries and keys: of each head (Qwen3, 2505.09388), or of the whole projection (OLMoE, 2409.02060).
-   * Default false.
-   */
-  readonly qkNorm?: false | "head" | "projection";
-  /** Clips queries, keys and values to [-clipQkv, clipQkv] (OLMoE's option); default: no clipping. */
-  readonly clipQkv?: number | undefined;
-  /** One matrix for input and output embeddings; default false. */
-  readonly tieEmbeddings?: boolean;
-  /** Experts every token goes through, run as one of inner size sharedExperts * hidden (2401.06066); default 0. */
-  readonly sharedExperts?: number;
-  /**
-   * Accepts routers whose choice for a token depends on later tokens. The loss is then better than what generation can
-   * reach, because the routing tells about the future. Default false.
-   */
-  readonly allowNonCausal?: boolean;
-}
-
-/** `TransformerConfig` with every default filled in. */
-export type CompleteConfig = Required<Omit<TransformerConfig, "clipQkv">> & { readonly clipQkv: number | undefined };
 
 export interface TransformerOptions extends ForwardOptions {
   /** Default false. */
@@ -98,8 +56,8 @@ export interface TransformerOptions extends ForwardOptions {
   /** `[load]` per layer, handed to routers. */
   readonly globalLoad?: readonly Tensor[];
   /**
-   * Is told the inputs of every matrix of the routed experts, rows sorted by expert: `parameter` is the path of the matrix
-   * in `params` ("layers.0.moe.experts.gateUp").
+   * Is told the inputs of every matrix of the routed experts, rows sorted by expert: `parameter` is the path of the
+   * matrix in `params` ("layers.0.moe.experts.gateUp").
    */
   readonly observe?: (parameter: string, layer: number, rows: Tensor, ends: Tensor) => void;
 }
@@ -112,9 +70,9 @@ export interface Transformer extends Model {
   /** The routers' buffers, one tree per layer. */
   readonly buffers: readonly Tree[];
   /**
-   * ids i32 [batch, sequence] -> logits [batch, sequence, vocabulary], and what each layer's router decided. Ids outside
-   * the vocabulary embed to zero. Throws ShapeError for a sequence beyond `context`, UnsupportedError for a router that
-   * looks ahead.
+   * ids i32 [batch, sequence] -> logits [batch, sequence, vocabulary], and what each layer's router decided. Ids
+   * outside the vocabulary embed to zero. Throws ShapeError for a sequence beyond `context`, UnsupportedError for a
+   * router that looks ahead.
    */
   forward(
     params: Tree,
@@ -122,8 +80,8 @@ export interface Transformer extends Model {
     options?: TransformerOptions,
   ): { readonly logits: Tensor; readonly routed: readonly Routed[] };
   /**
-   * Logits [batch, vocabulary] of the last position, layer by layer. Prompts of different lengths are padded at the left.
-   * What a trace records is valid during the call only: read it or `alias` it.
+   * Logits [batch, vocabulary] of the last position, layer by layer. Prompts of different lengths are padded at the
+   * left. What a trace records is valid during the call only: read it or `alias` it.
    */
   step(ids: Tensor, options?: ForwardOptions): Promise<Tensor>;
   /** The same model with other parameters and buffers, for example a trainer's. Nothing is copied. */
@@ -133,68 +91,6 @@ export interface Transformer extends Model {
 /** A family of checkpoints that this one definition runs. */
 export interface TransformerArchitecture extends Architecture {
   read(checkpoint: Checkpoint, engine: Engine, options: { readonly memory?: number }): Promise<Transformer>;
-}
-
-const defaults = {
-  ropeTheta: 10000,
-  normEps: 1e-5,
-  qkNorm: false,
-  tieEmbeddings: false,
-  sharedExperts: 0,
-  allowNonCausal: false,
-  clipQkv: undefined,
-} as const;
-
-/** Fills in the defaults. Throws ShapeError where sizes do not fit together. */
-export function completeConfig(config: TransformerConfig): CompleteConfig {
-  const { width, heads } = config;
-  const complete: CompleteConfig = { kvHeads: heads, headSize: width / heads, ...defaults, ...config };
-  const refuse = (why: string): never => {
-    throw new ShapeError(`transformer: ${why}`);
-  };
-  for (const name of ["vocabulary", "width", "layers", "heads", "kvHeads", "experts", "hidden", "context"] as const) {
-    const value = complete[name];
-    if (!Number.isInteger(value) || value < 1) refuse(`${name} is ${value}, expected a whole number from 1`);
-  }
-  const { kvHeads, headSize, sharedExperts, normEps, ropeTheta, clipQkv } = complete;
-  if (!Number.isInteger(headSize) || headSize < 2 || headSize % 2 !== 0) {
-    refuse(`headSize is ${headSize}, expected an even whole number (width ${width}, ${heads} heads)`);
-  }
-  if (heads % kvHeads !== 0) refuse(`${heads} heads cannot share ${kvHeads} heads of keys and values`);
-  if (!Number.isInteger(sharedExperts) || sharedExperts < 0) refuse(`sharedExperts is ${sharedExperts}`);
-  if (!(normEps >= 0)) refuse(`normEps is ${normEps}`);
-  if (!(ropeTheta > 0)) refuse(`ropeTheta is ${ropeTheta}`);
-  if (clipQkv !== undefined && !(clipQkv > 0)) refuse(`clipQkv is ${clipQkv}`);
-  return complete;
-}
-
-/** Shapes of all parameters but the routers', by their path in `params`. */
-export function parameterShapes(config: TransformerConfig): ReadonlyMap<string, readonly number[]> {
-  const complete = completeConfig(config);
-  const { vocabulary, width, layers, heads, kvHeads, headSize, experts, hidden, qkNorm, sharedExperts } = complete;
-  const shapes = new Map<string, readonly number[]>([["embed", [vocabulary, width]]]);
-  for (let layer = 0; layer < layers; layer++) {
-    const at = (name: string, shape: readonly number[]) => shapes.set(`layers.${layer}.${name}`, shape);
-    at("attentionNorm", [width]);
-    at("attention.q", [heads * headSize, width]);
-    at("attention.k", [kvHeads * headSize, width]);
-    at("attention.v", [kvHeads * headSize, width]);
-    at("attention.o", [width, heads * headSize]);
-    if (qkNorm) {
-      at("attention.qNorm", [qkNorm === "head" ? headSize : heads * headSize]);
-      at("attention.kNorm", [qkNorm === "head" ? headSize : kvHeads * headSize]);
-    }
-    at("moeNorm", [width]);
-    at("moe.experts.gateUp", [experts, 2 * hidden, width]);
-    at("moe.experts.down", [experts, width, hidden]);
-    if (sharedExperts > 0) {
-      at("moe.shared.0.experts.gateUp", [1, 2 * sharedExperts * hidden, width]);
-      at("moe.shared.0.experts.down", [1, width, sharedExperts * hidden]);
-    }
-  }
-  shapes.set("norm", [width]);
-  if (!complete.tieEmbeddings) shapes.set("head", [vocabulary, width]);
-  return shapes;
 }
 
 /** N(0, 0.02); matrices that write into the residual stream scaled by 1/sqrt(2 layers) (GPT-2); norms start at 1. */
@@ -315,7 +211,9 @@ function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transfo
 
   const checkCausal = (training: boolean): void => {
     if (config.allowNonCausal || (training ? plugin.causal.training : plugin.causal.evaluation)) return;
-    const use = training ? "training a language model on it leaks the future into the loss" : "it cannot generate text";
+    const use = training
+      ? "training a language model on it leaks the future into the loss"
+      : "it can neither generate text nor be judged as if it could";
     throw new UnsupportedError(
       `router ${plugin.name} chooses experts by looking at later tokens, so ${use}; ` +
         "use a causal router, or set allowNonCausal: true if that is wanted",
@@ -494,15 +392,18 @@ function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transfo
       return value;
     };
     const pass = engine.scope(() => begin(ownParams, ids, options));
-    const { cos, sin, tokenIds } = pass;
+    const { cos, sin, tokenIds, layout } = pass;
     keep([cos, sin, tokenIds]);
     const length = pass.cache?.length ?? 0;
     try {
+      const { batch, sequence } = layout;
+      if (sequence === 0) throw new ShapeError("transformer: step needs at least one token per row");
       let x = keep(engine.scope(() => embedded(pass)));
       let carry: Tree | undefined;
       for (let layer = 0; layer < layers; layer++) {
         const module = moduleOf(layer);
         const params = branch(ownParams, "layers", layer, "moe");
+        // What the cache holds is the cache's.
         for (const tensor of tensorsIn(pass.cache?.layer(layer)?.router)) foreign.add(tensor);
         const first = keep(
           engine.scope(() => {
@@ -533,7 +434,6 @@ function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transfo
           alive.delete(tensor);
         }
       }
-      const { batch, sequence } = pass.layout;
       return engine.scope(() =>
         reshape(toLogits(ownParams, slice(x, [0, sequence - 1, 0], [batch, 1, width])), [batch, vocabulary]),
       );
@@ -558,13 +458,17 @@ function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transfo
     newCache: (batch) => new TransformerCache(layers, batch),
     with: ({ params = ownParams, buffers = ownBuffers }) => {
       const expected = new Map(leaves(ownParams).map(([path, x]) => [path, x.shape.join()]));
-      const wrong = leaves(params).find(([path, x]) => expected.get(path) !== x.shape.join());
-      if (wrong || leaves(params).length !== expected.size || buffers.length !== layers) {
+      const found = leaves(params);
+      const wrong = found.find(([path, x]) => expected.get(path) !== x.shape.join());
+      if (wrong) {
+        const [path, { shape }] = wrong;
         throw new ShapeError(
-          wrong
-            ? `transformer: parameter "${wrong[0]}" is [${wrong[1].shape}], expected [${expected.get(wrong[0]) ?? "none"}]`
-            : `transformer: ${leaves(params).length} parameters and ${buffers.length} buffers, expected ${expected.size} and ${layers}`,
+          `transformer: parameter "${path}" is [${shape}], expected [${expected.get(path) ?? "none"}]`,
         );
+      }
+      if (found.length !== expected.size || buffers.length !== layers) {
+        const counts = `${found.length} parameters and ${buffers.length} buffers`;
+        throw new ShapeError(`transformer: ${counts}, expected ${expected.size} and ${layers}`);
       }
       return assemble(engine, config, { modules, params, buffers });
     },

@@ -65,7 +65,16 @@ describe("expertChoice", () => {
     expect(weights.map((w) => w > 0)).toEqual([true, false, true, false]);
   });
   it("ties go to the earlier token", async () => {
-    expect((await choose([[0, 0], [0, 0], [0, 0], [0, 0]])).tokens).toEqual([0, 1, 0, 1]);
+    expect(
+      (
+        await choose([
+          [0, 0],
+          [0, 0],
+          [0, 0],
+          [0, 0],
+        ])
+      ).tokens,
+    ).toEqual([0, 1, 0, 1]);
   });
   it("refuses to decode with a cache, unless asked", () => {
     const on = float64();

@@ -1,4 +1,12 @@
-import { dispose, leaves, type Routed, type Router, type StepStatistics, type Tensor, type Tree } from "@switchyard/core";
+import {
+  dispose,
+  leaves,
+  type Routed,
+  type Router,
+  type StepStatistics,
+  type Tensor,
+  type Tree,
+} from "@switchyard/core";
 import { routerContext, routerInput, testRouter } from "@switchyard/testing";
 import { describe, expect, it } from "vitest";
 import { reMoEFamily } from "../test/families.ts";
@@ -29,7 +37,9 @@ describe("reMoE", () => {
   });
   const lambdaAfter = async (options: ReMoEOptions, layers: readonly StepStatistics[]): Promise<number> => {
     const { on, router } = make(options);
-    const { lambda } = await results(on, () => ({ lambda: leaf(router.afterStep?.(layers, router.buffers) as Tree, "lambda") }));
+    const { lambda } = await results(on, () => ({
+      lambda: leaf(router.afterStep?.(layers, router.buffers) as Tree, "lambda"),
+    }));
     dispose(router.params);
     return flat(lambda)[0] ?? Number.NaN;
   };
@@ -76,8 +86,13 @@ describe("reMoE", () => {
     const logits = [[1, -1, 2, 0.5]];
     const loss = async (lambda: number): Promise<number> => {
       const { value } = await results(on, () => {
-        const input = routerInput(on, { hidden: tensor(on, logits), training: true, buffers: { lambda: tensor(on, lambda) } });
-        return { value: (router.select?.(tensor(on, logits), input) as Routed).losses.sparsity?.value as Tensor };
+        const input = routerInput(on, {
+          hidden: tensor(on, logits),
+          training: true,
+          buffers: { lambda: tensor(on, lambda) },
+        });
+        const routed = router.select?.(tensor(on, logits), input) as Routed;
+        return { value: routed.losses.sparsity?.value as Tensor };
       });
       return flat(value)[0] ?? Number.NaN;
     };

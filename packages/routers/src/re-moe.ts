@@ -6,9 +6,9 @@
 import {
   div,
   hostConstant,
+  type Loss,
   less,
   linear,
-  type Loss,
   maskPlan,
   maximum,
   meanOverTokens,
@@ -46,8 +46,10 @@ export interface ReMoEOptions {
  * @example reMoE({ k: 2 })
  */
 export function reMoE({ k, lambda = 1e-8, alpha = 1.2 }: ReMoEOptions): RouterPlugin {
-  if (!(lambda > 0) || !Number.isFinite(lambda)) throw new ShapeError(`reMoE: lambda = ${lambda}; expected a number above 0`);
-  if (!(alpha > 1) || !Number.isFinite(alpha)) throw new ShapeError(`reMoE: alpha = ${alpha}; expected a number above 1`);
+  if (!(lambda > 0) || !Number.isFinite(lambda))
+    throw new ShapeError(`reMoE: lambda = ${lambda}; expected a number above 0`);
+  if (!(alpha > 1) || !Number.isFinite(alpha))
+    throw new ShapeError(`reMoE: alpha = ${alpha}; expected a number above 1`);
 
   const score = (params: Tree, { hidden }: RouterInput): Tensor => linear(hidden, leaf(params, "weight"));
   const select = (logits: Tensor, input: RouterInput): Routed => {
@@ -55,7 +57,11 @@ export function reMoE({ k, lambda = 1e-8, alpha = 1.2 }: ReMoEOptions): RouterPl
     const { mask } = maskOf(input);
     const gates = relu(logits); // [tokens, experts]
     const active = less(0, gates);
-    const ids = hostConstant(logits, Int32Array.from({ length: experts }, (_, e) => e), [1, experts]);
+    const ids = hostConstant(
+      logits,
+      Int32Array.from({ length: experts }, (_, e) => e),
+      [1, experts],
+    );
     const plan = { kind: "sparse", experts: where(active, ids, -1), weights: gates } as const;
     const shares = stopGradient(div(gates, maximum(sumLast(gates), 1e-20)));
     return {
@@ -63,7 +69,8 @@ export function reMoE({ k, lambda = 1e-8, alpha = 1.2 }: ReMoEOptions): RouterPl
       logits,
       probabilities: shares,
       losses: input.training ? { sparsity: sparsityLoss(gates, active, { k, input }) } : {},
-      metrics: { lambda: leaf(input.buffers, "lambda") },
+      // A copy: whoever frees the metrics must not free the buffer.
+      metrics: { lambda: mul(leaf(input.buffers, "lambda"), 1) },
     };
   };
 

@@ -81,7 +81,12 @@ describe("switchRouter", () => {
       const found = await results(on, () => ({
         logits: router.route(
           { weight: tensor(on, identity) },
-          routerInput(on, { hidden: floats([4, width], new Float64Array(4 * width).fill(1)), training, seed, experts: width }),
+          routerInput(on, {
+            hidden: floats([4, width], new Float64Array(4 * width).fill(1)),
+            training,
+            seed,
+            experts: width,
+          }),
         ).logits as Tensor,
       }));
       return flat(found.logits);
@@ -107,7 +112,9 @@ describe("switchRouter", () => {
     dispose(router.params);
   });
   it("refuses options that cannot be", () => {
-    expect(() => switchRouter({ capacityFactor: -1 })).toThrow("switchRouter: capacityFactor = -1; expected a number from 0, or Infinity");
+    expect(() => switchRouter({ capacityFactor: -1 })).toThrow(
+      "switchRouter: capacityFactor = -1; expected a number from 0, or Infinity",
+    );
     expect(() => switchRouter({ evaluationCapacityFactor: Number.NaN })).toThrow(/evaluationCapacityFactor = NaN/);
     expect(() => switchRouter({ jitter: -0.1 })).toThrow(/jitter = -0.1/);
   });

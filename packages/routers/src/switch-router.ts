@@ -48,7 +48,8 @@ export function switchRouter(options: SwitchOptions = {}): RouterPlugin {
   } = options;
   checkNotNegative("switchRouter", { jitter, balance, zLoss });
   for (const [name, factor] of Object.entries({ capacityFactor, evaluationCapacityFactor })) {
-    if (!(factor >= 0)) throw new ShapeError(`switchRouter: ${name} = ${factor}; expected a number from 0, or Infinity`);
+    if (!(factor >= 0))
+      throw new ShapeError(`switchRouter: ${name} = ${factor}; expected a number from 0, or Infinity`);
   }
 
   const score = (params: Tree, { hidden, training, random, layer }: RouterInput): Tensor => {

@@ -4,10 +4,13 @@ import { describe, expect, it } from "vitest";
 import { topKFamily } from "../test/families.ts";
 import { flat, float64, lists, readVectors, results, sparse, tensor, unmet } from "../test/vectors.ts";
 import { leaf } from "./parts.ts";
-import { topK, type TopKOptions } from "./top-k.ts";
+import { type TopKOptions, topK } from "./top-k.ts";
 
 testRouter({ plugin: ({ k = 2 }) => topK({ k }), weights: "sum to 1" });
-testRouter({ plugin: ({ k = 2 }) => topK({ k, order: "softmax-topk", balance: 0.1, normalizeByK: true }), weights: "sum to at most 1" });
+testRouter({
+  plugin: ({ k = 2 }) => topK({ k, order: "softmax-topk", balance: 0.1, normalizeByK: true }),
+  weights: "sum to at most 1",
+});
 testRouter({ plugin: ({ k = 3 }) => topK({ k, order: "topk-softmax", bias: true }), weights: "sum to 1" });
 testRouter({ plugin: ({ k = 2 }) => topK({ k, order: "sigmoid", zLoss: 0 }), weights: "sum to 1" });
 testRouter({ plugin: ({ k = 4 }) => topK({ k, topP: 0.4 }), weights: "sum to 1" });
@@ -40,7 +43,9 @@ describe("topK", () => {
       return pick(router.select(tensor(on, logits), input));
     });
     expect(on.live()).toBe(0);
-    return Object.fromEntries(Object.entries<ReturnType<typeof JSON.parse>>(found).map(([name, x]) => [name, flat(x)])) as Record<N, number[]>;
+    return Object.fromEntries(
+      Object.entries<ReturnType<typeof JSON.parse>>(found).map(([name, x]) => [name, flat(x)]),
+    ) as Record<N, number[]>;
   }
   const loss = (routed: Routed, name: string): Tensor => {
     const found = routed.losses[name];
@@ -55,7 +60,10 @@ describe("topK", () => {
   it("topP keeps the expert that crosses the sum, and at most k", async () => {
     // Equal probabilities of 1/4: two reach 0.5 exactly, three are needed for 0.51.
     const kept = async (topP: number, k: number): Promise<number[]> =>
-      (await select({ k, topP, order: "softmax-topk" }, (routed) => ({ ids: sparse(routed).experts }))).ids.slice(k, 2 * k);
+      (await select({ k, topP, order: "softmax-topk" }, (routed) => ({ ids: sparse(routed).experts }))).ids.slice(
+        k,
+        2 * k,
+      );
     expect(await kept(0.5, 4)).toEqual([0, 1, -1, -1]);
     expect(await kept(0.51, 4)).toEqual([0, 1, 2, -1]);
     expect(await kept(1, 4)).toEqual([0, 1, 2, 3]);
@@ -97,7 +105,10 @@ describe("topK", () => {
       const { balance } = await results(on, () => {
         const router = topK({ k: 2 }).init(routerContext(on, { experts: 4 }));
         const input = routerInput(on, { hidden: tensor(on, logits), training: true });
-        const routed = router.select?.(tensor(on, logits), { ...input, ...(load ? { globalLoad: tensor(on, load) } : {}) });
+        const routed = router.select?.(tensor(on, logits), {
+          ...input,
+          ...(load ? { globalLoad: tensor(on, load) } : {}),
+        });
         if (!routed) throw new Error("topK has select");
         return { balance: loss(routed, "balance") };
       });
@@ -128,8 +139,23 @@ describe("topK", () => {
     const router = topK({ k: 1, bias: true, order: "topk-softmax" }).init(routerContext(on, { experts: 3, width: 2 }));
     expect(leaves(router.params).map(([path, x]) => `${path} ${x.shape}`)).toEqual(["weight 3,2", "bias 3"]);
     const { ids, all } = await results(on, () => {
-      const params = { weight: tensor(on, [[0, 0], [1, 0], [0, 1]]), bias: tensor(on, [2.5, 0, 0]) };
-      const routed = router.route(params, routerInput(on, { hidden: tensor(on, [[2, 0], [3, 0]]) }));
+      const params = {
+        weight: tensor(on, [
+          [0, 0],
+          [1, 0],
+          [0, 1],
+        ]),
+        bias: tensor(on, [2.5, 0, 0]),
+      };
+      const routed = router.route(
+        params,
+        routerInput(on, {
+          hidden: tensor(on, [
+            [2, 0],
+            [3, 0],
+          ]),
+        }),
+      );
       return { ids: sparse(routed).experts, all: softmax(routed.logits as Tensor) };
     });
     expect(flat(ids)).toEqual([0, 1]);
@@ -147,7 +173,9 @@ describe("topK", () => {
   });
   it("refuses options that cannot be", () => {
     const on = float64();
-    expect(() => topK({ k: 3 }).init(routerContext(on, { experts: 2 }))).toThrow("topK: k = 3 of 2 experts; expected a whole number from 1 to 2");
+    expect(() => topK({ k: 3 }).init(routerContext(on, { experts: 2 }))).toThrow(
+      "topK: k = 3 of 2 experts; expected a whole number from 1 to 2",
+    );
     expect(() => topK({ k: 1.5 }).init(routerContext(on))).toThrow(/k = 1.5/);
     expect(() => topK({ k: 0 }).init(routerContext(on))).toThrow(/k = 0/);
     expect(() => topK({ k: 2, topP: 0 })).toThrow(/topP = 0/);

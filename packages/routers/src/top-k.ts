@@ -24,8 +24,8 @@ import {
   softmaxTopk,
   sumLast,
   type Tensor,
-  topkIndices,
   type Tree,
+  topkIndices,
   where,
 } from "@switchyard/core";
 import { checkK, checkNotNegative, leaf, maskOf, normalWeight, type RouterCard, usualLosses } from "./parts.ts";
@@ -71,7 +71,9 @@ export function topK(options: TopKOptions): RouterPlugin {
     throw new ShapeError(`topK: topP = ${topP}; expected a sum of probabilities, above 0 and at most 1`);
   }
   if (topP !== undefined && order === "sigmoid") {
-    throw new ShapeError('topK: topP sums probabilities, and order "sigmoid" has none; choose one of the softmax orders');
+    throw new ShapeError(
+      'topK: topP sums probabilities, and order "sigmoid" has none; choose one of the softmax orders',
+    );
   }
 
   const select = (logits: Tensor, input: RouterInput): Routed => {

@@ -31,7 +31,12 @@ describe.each(files)("%s", (file) => {
   });
   it("names its paper in the header, has a subpath, and is exported", async () => {
     const { card } = await load();
-    expect(readFileSync(here(`../src/${file}.ts`), "utf8").split("\n").slice(0, 3).join(" ")).toContain(card.paper);
+    expect(
+      readFileSync(here(`../src/${file}.ts`), "utf8")
+        .split("\n")
+        .slice(0, 3)
+        .join(" "),
+    ).toContain(card.paper);
     expect(manifest.exports[`./${file}`]).toEqual({ types: `./dist/${file}.d.ts`, default: `./dist/${file}.js` });
     expect(Object.keys(await import("../src/index.ts"))).toContain(card.name);
     expect(file).toBe(card.name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`).replace("mo-e", "moe"));

@@ -42,7 +42,11 @@ import {
 } from "./vectors.ts";
 
 /** A router whose `select` takes logits of that many experts; its weights do not matter. */
-function selecting(on: Engine, plugin: RouterPlugin, experts: number): (logits: Tensor, input: Partial<RouterInput>) => Routed {
+function selecting(
+  on: Engine,
+  plugin: RouterPlugin,
+  experts: number,
+): (logits: Tensor, input: Partial<RouterInput>) => Routed {
   const router = plugin.init(routerContext(on, { experts }));
   return (logits, input) => {
     if (!router.select) throw new Error(`${plugin.name} has no select`);
@@ -104,19 +108,29 @@ export const switchFamily: Family = async (one) => {
   const [factor, jitter, alpha] = [number(one, "capacity_factor"), number(one, "jitter_eps"), number(one, "alpha")];
   const plugin = switchRouter({ capacityFactor: factor, jitter, balance: alpha });
   // The vector's noise is the factor 1 - jitter + 2 jitter u; the router draws u.
-  const u = (given(one.inputs, "jitter") as readonly Values[]).map((row) => flat(row).map((n) => (n - 1 + jitter) / (2 * jitter)));
+  const u = (given(one.inputs, "jitter") as readonly Values[]).map((row) =>
+    flat(row).map((n) => (n - 1 + jitter) / (2 * jitter)),
+  );
   const capacity = capacityOf({ tokens, experts, factor });
 
   const route = (training: boolean, random?: Random): Routed => {
     const { router, params } = weighted(on, plugin, w);
-    return router.route(params, { ...routerInput(on, { hidden: tensor(on, x), training }), ...(random ? { random } : {}) });
+    return router.route(params, {
+      ...routerInput(on, { hidden: tensor(on, x), training }),
+      ...(random ? { random } : {}),
+    });
   };
   const balance = (routed: Routed): Tensor => routed.losses.balance?.value as Tensor;
   const trained = await results(on, () => {
     const routed = route(true, fixedUniform(on, u));
     const free = switchRouter({ capacityFactor: Number.POSITIVE_INFINITY, jitter });
     const { router, params } = weighted(on, free, w);
-    const asked = sparse(router.route(params, { ...routerInput(on, { hidden: tensor(on, x), training: true }), random: fixedUniform(on, u) }));
+    const asked = sparse(
+      router.route(params, {
+        ...routerInput(on, { hidden: tensor(on, x), training: true }),
+        random: fixedUniform(on, u),
+      }),
+    );
     // Every token of each expert in the order of its places: [experts, tokens].
     const places = padToCapacity({ kind: "sparse", ...asked }, { experts, policy: "position", capacity: tokens });
     return {
@@ -131,7 +145,10 @@ export const switchFamily: Family = async (one) => {
       scaled: mul(balance(routed), routed.losses.balance?.weight ?? Number.NaN),
     };
   });
-  const evaluated = await results(on, () => ({ ids: sparse(route(false)).experts, gates: sparse(route(false)).weights }));
+  const evaluated = await results(on, () => ({
+    ids: sparse(route(false)).experts,
+    gates: sparse(route(false)).weights,
+  }));
   const position = new Array<number>(tokens).fill(-1);
   for (const row of trained.places as readonly Values[])
     flat(row).forEach((token, place) => {

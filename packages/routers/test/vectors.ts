@@ -33,7 +33,8 @@ export function given(of: Readonly<Record<string, Values>> | Readonly<Record<str
   return value;
 }
 export const number = (one: VectorCase, name: string): number => flat(given(one.config, name))[0] ?? Number.NaN;
-export const tensor = (on: Engine, values: Values): Tensor => on.tensor(Float64Array.from(flat(values)), shapeOf(values));
+export const tensor = (on: Engine, values: Values): Tensor =>
+  on.tensor(Float64Array.from(flat(values)), shapeOf(values));
 
 /** Reads, frees and nests. */
 export async function lists(x: Tensor): Promise<Values> {
@@ -49,11 +50,12 @@ export async function lists(x: Tensor): Promise<Values> {
 }
 
 /** Runs `f` in a scope and reads the tensors it returns. */
-export async function results<N extends string>(on: Engine, f: () => Readonly<Record<N, Tensor>>): Promise<Record<N, Values>> {
+export async function results<N extends string>(
+  on: Engine,
+  f: () => Readonly<Record<N, Tensor>>,
+): Promise<Record<N, Values>> {
   const tensors = on.scope(() => Object.entries<Tensor>(f()));
-  const entries = await Promise.all(
-    tensors.map(async ([name, x]) => [name, await lists(x)] as const),
-  );
+  const entries = await Promise.all(tensors.map(async ([name, x]) => [name, await lists(x)] as const));
   return Object.fromEntries(entries) as Record<N, Values>;
 }
 
@@ -81,7 +83,13 @@ export const fixedUniform = (on: Engine, draws: Values): Random => {
   const refuse = (): never => {
     throw new Error("the vector gives uniform draws only");
   };
-  const self: Random = { at: () => self, uniform: () => tensor(on, draws), normal: refuse, exponential: refuse, host: refuse };
+  const self: Random = {
+    at: () => self,
+    uniform: () => tensor(on, draws),
+    normal: refuse,
+    exponential: refuse,
+    host: refuse,
+  };
   return self;
 };
 
@@ -107,11 +115,14 @@ export function sparse({ plan }: Routed): { readonly experts: Tensor; readonly w
 /** Differences between what was found and what is expected, as lines; empty when they meet. */
 export function differences(expected: Values, found: Values | undefined, tolerance: Vectors["tolerance"]): string[] {
   if (found === undefined) return ["nothing was computed under this name"];
-  if (shapeOf(expected).join() !== shapeOf(found).join()) return [`shape [${shapeOf(found)}], expected [${shapeOf(expected)}]`];
+  if (shapeOf(expected).join() !== shapeOf(found).join())
+    return [`shape [${shapeOf(found)}], expected [${shapeOf(expected)}]`];
   const values = flat(found);
   return flat(expected).flatMap((value, i) => {
     const error = Math.abs((values[i] ?? Number.NaN) - value);
-    return error <= tolerance.abs + tolerance.rel * Math.abs(value) ? [] : [`entry ${i}: ${values[i]}, expected ${value}`];
+    return error <= tolerance.abs + tolerance.rel * Math.abs(value)
+      ? []
+      : [`entry ${i}: ${values[i]}, expected ${value}`];
   });
 }
 

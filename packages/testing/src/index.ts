@@ -3,9 +3,9 @@ export { assertClose, floats, generator, type HostArray, integers, ints, type To
 export { backendCases, primitiveNames, primitivesOnly, uncoveredKernels } from "./backend-cases.ts";
 export type { BackendCase } from "./cases/case.ts";
 export { type GradientCheckOptions, type GradientReport, gradientCheck, type WorstEntry } from "./gradient-check.ts";
-export type { Skip } from "./skip.ts";
-export { type BackendSuite, testBackend } from "./test-backend.ts";
 export type { WeightRule } from "./router-answer.ts";
 export { type RouterCase, type RouterSizes, type RouterSuite, routerCases } from "./router-cases.ts";
 export { type RouterCall, routerContext, routerInput } from "./router-input.ts";
+export type { Skip } from "./skip.ts";
+export { type BackendSuite, testBackend } from "./test-backend.ts";
 export { testRouter } from "./test-router.ts";

@@ -125,6 +125,17 @@ export function slice(x: HostArray, start: readonly number[], size: readonly num
   return { shape: [...size], data };
 }
 
+/** Zeros before and after, so many per axis. */
+export function pad(x: HostArray, before: readonly number[], after: readonly number[]): HostArray {
+  const shape = x.shape.map((n, axis) => n + (before[axis] ?? 0) + (after[axis] ?? 0));
+  const data = like(x, sizeOf(shape));
+  for (let i = 0; i < x.data.length; i++) {
+    const index = unravel(i, x.shape).map((position, axis) => position + (before[axis] ?? 0));
+    data[ravel(index, shape)] = at(x, i);
+  }
+  return { shape, data };
+}
+
 export function concat(parts: readonly HostArray[], axis: number): HostArray {
   const first = parts[0];
   if (first === undefined) throw new RangeError("oracle: concat of nothing");

@@ -167,7 +167,11 @@ export function assignments(answer: Answer, tokens: number, experts: number, hit
  */
 export function checkForm(
   answer: Answer,
-  { experts, tokens, plans }: { readonly experts: number; readonly tokens: number; readonly plans: readonly Plan["kind"][] },
+  {
+    experts,
+    tokens,
+    plans,
+  }: { readonly experts: number; readonly tokens: number; readonly plans: readonly Plan["kind"][] },
 ): void {
   const expectShape = (name: string, shape: readonly (number | undefined)[]): HostArray => {
     const x = array(answer, name);
@@ -233,17 +237,22 @@ export function checkForm(
 function checkIds(ids: HostArray, count: number, what: string): void {
   if (!(ids.data instanceof Int32Array)) throw new Error("ids must be i32");
   const i = ids.data.findIndex((id) => id < -1 || id >= count);
-  if (i >= 0) throw new Error(`id ${ids.data[i]} at [${coordinates(i, ids.shape).join(", ")}] is neither -1 nor one of ${what}`);
+  if (i >= 0)
+    throw new Error(`id ${ids.data[i]} at [${coordinates(i, ids.shape).join(", ")}] is neither -1 nor one of ${what}`);
 }
 function checkEmpty(ids: HostArray, weights: HostArray): void {
   const i = ids.data.findIndex((id, slot) => id === -1 && weights.data[slot] !== 0);
-  if (i >= 0) throw new Error(`the empty slot [${coordinates(i, ids.shape).join(", ")}] has weight ${weights.data[i]}, expected 0`);
+  if (i >= 0)
+    throw new Error(
+      `the empty slot [${coordinates(i, ids.shape).join(", ")}] has weight ${weights.data[i]}, expected 0`,
+    );
 }
 function checkDistinct(ids: HostArray, below: number, owner: string, chosen: string): void {
   const [rows = 0, k = 0] = ids.shape;
   for (let row = 0; row < rows; row++) {
     const own = [...ids.data.subarray(row * k, (row + 1) * k)].filter((id) => id >= 0 && id < below);
-    if (new Set(own).size !== own.length) throw new Error(`${owner} ${row} has one ${chosen} twice: [${own.join(", ")}]`);
+    if (new Set(own).size !== own.length)
+      throw new Error(`${owner} ${row} has one ${chosen} twice: [${own.join(", ")}]`);
   }
 }
 
@@ -293,7 +302,9 @@ export function sameBits(a: Answer, b: Answer, what: string): void {
 /** The same for plans and losses only: logits of padding may differ. */
 export function samePlanAndLosses(a: Answer, b: Answer, what: string): void {
   const kept = (answer: Answer): Answer =>
-    new Map([...answer].filter(([name]) => name.startsWith("plan ") || name.startsWith("more ") || name.startsWith("loss ")));
+    new Map(
+      [...answer].filter(([name]) => name.startsWith("plan ") || name.startsWith("more ") || name.startsWith("loss ")),
+    );
   sameBits(kept(a), kept(b), what);
 }
 
@@ -309,4 +320,3 @@ export function permuted(x: HostArray, count: number, order: readonly number[], 
   }
   return { shape: x.shape, data };
 }
-

@@ -7,10 +7,10 @@ import {
   leaves,
   mapTree,
   moe,
-  random,
   type Router,
   type RouterInput,
   type RouterPlugin,
+  random,
   type Tree,
 } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
@@ -146,7 +146,10 @@ function makeKit(suite: RouterSuite): Kit {
         await body({ engine, experts, plugin: own, router: made });
         dispose([made.params, made.buffers]);
         const left = engine.live() - before;
-        if (left !== 0) throw new Error(`${left} handles were left alive: free what init, route or afterStep made beside its results`);
+        if (left !== 0)
+          throw new Error(
+            `${left} handles were left alive: free what init, route or afterStep made beside its results`,
+          );
       };
       return { name, run, ...(reason === undefined ? {} : { reason }) };
     },
@@ -159,7 +162,8 @@ function makeKit(suite: RouterSuite): Kit {
       return read(engine.scope(() => answerOf(own.route(own.params, kit.input(subject, call)))));
     },
     hidden: (key, rows = tokens) => uniform(generator(`router hidden ${key}`), [rows, sizes.width], -1.5, 1.5),
-    check: ({ experts, plugin: { plans } }, answer, rows = tokens) => checkForm(answer, { experts, tokens: rows, plans }),
+    check: ({ experts, plugin: { plans } }, answer, rows = tokens) =>
+      checkForm(answer, { experts, tokens: rows, plans }),
   };
   return kit;
 }
@@ -209,7 +213,10 @@ function formCases({ suite, sizes, tokens, tolerance, make, route, input, hidden
       const single = kind === "sparse" || kind === "dense" || kind === "expert-choice";
       if (!single || [...routed.keys()].some((name) => name === "rows" || name.startsWith("more "))) return;
       const matrix = assignments(routed, tokens, count);
-      const all = ints([tokens, count], Int32Array.from({ length: tokens * count }, (_, i) => i % count));
+      const all = ints(
+        [tokens, count],
+        Int32Array.from({ length: tokens * count }, (_, i) => i % count),
+      );
       const expected = oracle.moeExperts(hiddens, array(weights, ".gateUp"), array(weights, ".down"), all, matrix);
       assertClose("output", found, expected, tolerance);
     }),
@@ -226,7 +233,9 @@ function determinismCases({ sample, make, route, input, hidden }: Kit): RouterCa
       const once = async (own: Subject): Promise<Answer> =>
         new Map([...(await state(own)), ...(await route(own, { training: true, seed: 3, hidden: hidden("seed") }))]);
       const first = await once(subject);
-      const again = subject.plugin.init(routerContext(subject.engine, { experts: subject.experts, width: hidden("seed").shape[1] ?? 0 }));
+      const again = subject.plugin.init(
+        routerContext(subject.engine, { experts: subject.experts, width: hidden("seed").shape[1] ?? 0 }),
+      );
       const second = await once({ ...subject, router: again });
       dispose([again.params, again.buffers]);
       sameBits(first, second, "second router");
@@ -250,7 +259,8 @@ function determinismCases({ sample, make, route, input, hidden }: Kit): RouterCa
           const whole = await route(subject, call);
           const composed = engine.scope(() => {
             const given = input(subject, call);
-            if (!router.score || !router.select) throw new Error("the first router had score and select, this one has not");
+            if (!router.score || !router.select)
+              throw new Error("the first router had score and select, this one has not");
             return answerOf(router.select(router.score(router.params, given), given));
           });
           sameBits(whole, await read(composed), `${mode}: select(score)`);
@@ -318,7 +328,8 @@ function paddingCases({ sizes, tokens, tolerance, make, route, hidden, check }: 
     const columns = met.shape[1] ?? 0;
     real.forEach((one, token) => {
       const row = met.data.subarray(token * columns, (token + 1) * columns);
-      if (one === 0 && row.some((value) => value !== 0)) throw new Error(`padded token ${token} was sent to experts: [${row.join(", ")}]`);
+      if (one === 0 && row.some((value) => value !== 0))
+        throw new Error(`padded token ${token} was sent to experts: [${row.join(", ")}]`);
     });
   };
   return [
@@ -352,7 +363,12 @@ function paddingCases({ sizes, tokens, tolerance, make, route, hidden, check }: 
         // Random draws and capacities of a longer batch are others, so plans are compared in evaluation only.
         if (training) continue;
         const [a, b] = [assignments(padded, sizes.sequence, sizes.experts), assignments(alone, real, sizes.experts)];
-        assertClose("weights of the real tokens", { shape: b.shape, data: a.data.slice(0, b.data.length) }, b, tolerance);
+        assertClose(
+          "weights of the real tokens",
+          { shape: b.shape, data: a.data.slice(0, b.data.length) },
+          b,
+          tolerance,
+        );
       }
     }),
     make("nothing but padding", async (subject) => {
@@ -446,16 +462,22 @@ function learningCases({ sizes, tokens, sample, make, route, input, hidden, chec
           load[e] = (load[e] ?? 0) + Number(value !== 0);
         });
         const metrics = Object.fromEntries(
-          [...answer].flatMap(([name, x]) => (name.startsWith("metric ") ? [[name.slice(7), Float64Array.from(x.data)]] : [])),
+          [...answer].flatMap(([name, x]) =>
+            name.startsWith("metric ") ? [[name.slice(7), Float64Array.from(x.data)]] : [],
+          ),
         );
         const old = await readTree(router.buffers, "buffers");
         const checkBuffers = (fresh: Answer, when: string): void => {
           if ([...old.keys()].join() !== [...fresh.keys()].join())
-            throw new Error(`${when}: buffers ${[...fresh.keys()].join(", ")}, the router has ${[...old.keys()].join(", ")}`);
+            throw new Error(
+              `${when}: buffers ${[...fresh.keys()].join(", ")}, the router has ${[...old.keys()].join(", ")}`,
+            );
           for (const [name, x] of fresh) {
             const shape = old.get(name)?.shape ?? [];
             if (x.shape.join() !== shape.join())
-              throw new Error(`${when}: ${name} changed its shape from [${shape.join(", ")}] to [${x.shape.join(", ")}]`);
+              throw new Error(
+                `${when}: ${name} changed its shape from [${shape.join(", ")}] to [${x.shape.join(", ")}]`,
+              );
             if (!x.data.every(Number.isFinite)) throw new Error(`${when}: ${name} is [${x.data.join(", ")}]`);
           }
         };
@@ -498,8 +520,16 @@ function edgeCases({ suite, sizes, tokens, make, route, hidden, check }: Kit): R
       await both(subject, { batch: 0, sequence: 3, hidden: hidden("none", 0) }, 0);
     }),
     make("one token", (subject) => both(subject, { batch: 1, hidden: hidden("single", 1) }, 1)),
-    make("one expert", (subject) => both(subject, { hidden: hidden("one expert") }, tokens), { experts: 1, k: 1, reason }),
-    make("k = all experts", (subject) => both(subject, { hidden: hidden("all") }, tokens), { experts: 3, k: 3, reason }),
+    make("one expert", (subject) => both(subject, { hidden: hidden("one expert") }, tokens), {
+      experts: 1,
+      k: 1,
+      reason,
+    }),
+    make("k = all experts", (subject) => both(subject, { hidden: hidden("all") }, tokens), {
+      experts: 3,
+      k: 3,
+      reason,
+    }),
     make("hidden states of zero", (subject) =>
       both(subject, { hidden: { shape: [tokens, sizes.width], data: new Float64Array(tokens * sizes.width) } }, tokens),
     ),

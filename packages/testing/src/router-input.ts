@@ -1,5 +1,5 @@
 // What a router is handed in tests: a context to be made in, and inputs with every lazy extra, drawn from fixed seeds.
-import { type Engine, random, type RouterContext, type RouterInput, type Tensor, type Tree } from "@switchyard/core";
+import { type Engine, type RouterContext, type RouterInput, random, type Tensor, type Tree } from "@switchyard/core";
 import { generator, type HostArray, uniform } from "./arrays.ts";
 
 const vocabulary = 13;

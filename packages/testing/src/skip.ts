@@ -19,7 +19,8 @@ export function readSkips(
   for (const { reason, tests } of skips) {
     if (reason.trim() === "") faults.push(`a skip of ${tests.map((test) => `"${test}"`).join(", ")} gives no reason`);
     for (const test of tests) {
-      if (!known.has(test)) faults.push(`skip names "${test}", which is no case of this suite; known: ${near(test, names)}`);
+      if (!known.has(test))
+        faults.push(`skip names "${test}", which is no case of this suite; known: ${near(test, names)}`);
       if (reasons.has(test)) faults.push(`"${test}" is skipped twice`);
       reasons.set(test, reason);
     }

@@ -16,7 +16,10 @@ const cases = backendCases();
 const names = cases.map(({ name }) => name);
 
 /** The cases of one op that fail when a kernel is wrong. */
-async function failures(op: string, change: (backend: CpuBackend) => Partial<Record<string, Kernel<CpuHandle>>>): Promise<string[]> {
+async function failures(
+  op: string,
+  change: (backend: CpuBackend) => Partial<Record<string, Kernel<CpuHandle>>>,
+): Promise<string[]> {
   const backend = cpu();
   const on = engine({ ...backend, kernels: { ...backend.kernels, ...change(backend) } });
   const failed: string[] = [];
@@ -36,7 +39,16 @@ describe("the backend suite can fail", () => {
     ["mul", (b) => b.kernels.add],
     ["maximum", (b) => b.kernels.add],
     ["less", (b) => (inputs, results, attrs) => b.kernels.less([...inputs].reverse(), results, attrs)],
-    ["where", (b) => ([c, x, y], results, attrs) => b.kernels.where([c, y, x].flatMap((v) => v ?? []), results, attrs)],
+    [
+      "where",
+      (b) =>
+        ([c, x, y], results, attrs) =>
+          b.kernels.where(
+            [c, y, x].flatMap((v) => v ?? []),
+            results,
+            attrs,
+          ),
+    ],
     ["recip", (b) => b.kernels.exp],
     ["exp", (b) => b.kernels.tanh],
     ["log", (b) => b.kernels.sqrt],
@@ -45,20 +57,47 @@ describe("the backend suite can fail", () => {
     ["erf", (b) => b.kernels.tanh],
     ["floor", (b) => (inputs, results) => b.kernels.cast(inputs, results, { dtype: "f32" })],
     ["transpose", (b) => (inputs, results) => b.kernels.reshape(inputs, results, results[0])],
-    ["slice", (b) => (inputs, results, attrs) => b.kernels.slice(inputs, results, { ...attrs, start: attrs.start.map(() => 0) })],
+    [
+      "slice",
+      (b) => (inputs, results, attrs) =>
+        b.kernels.slice(inputs, results, { ...attrs, start: attrs.start.map(() => 0) }),
+    ],
     ["concat", (b) => (inputs, results, attrs) => b.kernels.concat([...inputs].reverse(), results, attrs)],
-    ["sumTo", (b) => (inputs, results, attrs) => b.kernels.sumTo(inputs.map((x) => ({ ...x, shape: [...x.shape].reverse() })), results, attrs)],
+    [
+      "sumTo",
+      (b) => (inputs, results, attrs) =>
+        b.kernels.sumTo(
+          inputs.map((x) => ({ ...x, shape: [...x.shape].reverse() })),
+          results,
+          attrs,
+        ),
+    ],
     ["cumsum", (b) => (inputs, results, attrs) => b.kernels.cumsum(inputs, results, { ...attrs, exclusive: false })],
     ["matmul", (b) => (inputs, results, attrs) => b.kernels.matmul(inputs, results, { ...attrs, transposeB: false })],
-    ["topkIndices", (b) => (inputs, results, { k }) => b.kernels.argsort(inputs, results, { descending: false, k })],
+    [
+      "topkIndices",
+      (b) =>
+        (inputs, results, { k }) =>
+          b.kernels.argsort(inputs, results, { descending: false, k }),
+    ],
     ["argsort", (b) => (inputs, results) => b.kernels.argsort(inputs, results, {})],
     ["addRows", (b) => (inputs, results, attrs) => b.kernels.takeRows(inputs, results, attrs)],
-    ["takeRows", (b) => (inputs, results) => [b.upload(new Float32Array(size(results)).fill(1), results[0] ?? none), ...inputs.slice(9).map((x) => x.handle)]],
+    [
+      "takeRows",
+      (b) => (inputs, results) => [
+        b.upload(new Float32Array(size(results)).fill(1), results[0] ?? none),
+        ...inputs.slice(9).map((x) => x.handle),
+      ],
+    ],
     ["blockEnds", (b) => (_, results) => [b.upload(new Int32Array(size(results)), results[0] ?? none)]],
     ["cast", (b) => (inputs, results) => b.kernels.floor(inputs, results, {})],
     ["maxLast", (b) => (_, results) => [b.upload(new Float32Array(size(results)), results[0] ?? none)]],
     ["softmax", (b) => b.kernels.exp],
-    ["attention", (b) => (_, results) => results.map((spec) => b.upload(new Float32Array(spec.shape.reduce((n, d) => n * d, 1)), spec))],
+    [
+      "attention",
+      (b) => (_, results) =>
+        results.map((spec) => b.upload(new Float32Array(spec.shape.reduce((n, d) => n * d, 1)), spec)),
+    ],
   ];
   const none = { shape: [], dtype: "f32" } as const;
   const size = (results: readonly { readonly shape: readonly number[] }[]): number =>
@@ -82,7 +121,12 @@ describe("the backend suite can fail", () => {
         const flipped = data.map((_, i) => data[i - (i % n) + (n - 1 - (i % n))] ?? 0);
         const [sorted] = b.kernels.argsort([{ ...x, handle: b.upload(flipped, x) }], results, attrs);
         if (!sorted) throw new Error("argsort has one result");
-        return [b.upload(b.downloadSync({ ...y, handle: sorted }).map((i) => n - 1 - i), y)];
+        return [
+          b.upload(
+            b.downloadSync({ ...y, handle: sorted }).map((i) => n - 1 - i),
+            y,
+          ),
+        ];
       },
     }));
     expect(failed.join("\n")).toMatch(/ties 4x6/);
@@ -123,7 +167,10 @@ describe("cases and skips", () => {
   });
   it("names kernels without a case", () => {
     const backend = cpu();
-    const extended = { ...backend, kernels: { ...backend.kernels, softmaxGrad: backend.kernels.add, flux: backend.kernels.add } };
+    const extended = {
+      ...backend,
+      kernels: { ...backend.kernels, softmaxGrad: backend.kernels.add, flux: backend.kernels.add },
+    };
     expect(uncoveredKernels(extended)).toEqual(["flux"]);
   });
   it("a skip of an unknown case or without a reason is a fault", () => {

@@ -15,8 +15,8 @@ import {
   sum,
   switchBalance,
   type Tensor,
-  tokenMask,
   type Tree,
+  tokenMask,
 } from "@switchyard/core";
 import { describe, expect, it } from "vitest";
 import { routerCases } from "./router-cases.ts";
@@ -45,7 +45,9 @@ function plain(k: number, faults: Faults = {}): RouterPlugin {
       const weight = context.random.at("weight").normal([context.experts, context.width]);
       return {
         params: { weight: faults.weight?.(weight, context) ?? weight },
-        buffers: faults.buffers?.(context) ?? { seen: context.engine.tensor(new Float32Array(context.experts), [context.experts]) },
+        buffers: faults.buffers?.(context) ?? {
+          seen: context.engine.tensor(new Float32Array(context.experts), [context.experts]),
+        },
         route(params, input) {
           const scored = linear(input.hidden, leaf(params, "weight"));
           const logits = faults.logits?.(scored, input) ?? scored;
@@ -61,9 +63,14 @@ function plain(k: number, faults: Faults = {}): RouterPlugin {
           };
           return faults.change?.(routed, input, params) ?? routed;
         },
-        afterStep: faults.afterStep ?? ((layers, buffers) => ({
-          seen: add(leaf(buffers, "seen"), context.engine.tensor(layers[0]?.load ?? new Float64Array(), [context.experts])),
-        })),
+        afterStep:
+          faults.afterStep ??
+          ((layers, buffers) => ({
+            seen: add(
+              leaf(buffers, "seen"),
+              context.engine.tensor(layers[0]?.load ?? new Float64Array(), [context.experts]),
+            ),
+          })),
       };
     },
   };
@@ -104,7 +111,9 @@ describe("the router suite can fail", () => {
     expect(found).toMatch(/weights obey the documented rule: weights \[.*\] of row 0 do not sum to 1/);
   });
   it("an undeclared plan kind", async () => {
-    const found = await failures({ change: (r) => ({ ...r, plan: { kind: "dense", weights: r.probabilities as Tensor } }) });
+    const found = await failures({
+      change: (r) => ({ ...r, plan: { kind: "dense", weights: r.probabilities as Tensor } }),
+    });
     expect(found).toMatch(/declares sparse/);
   });
   it("noise in evaluation", async () => {
@@ -117,7 +126,8 @@ describe("the router suite can fail", () => {
     expect(await failures({ logits: drifting })).toMatch(/the same seed gives/);
   });
   it("experts that are not alike", async () => {
-    const first = (x: Tensor): Tensor => add(x, x.engine.root.tensor(Float32Array.of(1, 0, 0, 0, 0).slice(0, x.shape[1]), [x.shape[1] ?? 0]));
+    const first = (x: Tensor): Tensor =>
+      add(x, x.engine.root.tensor(Float32Array.of(1, 0, 0, 0, 0).slice(0, x.shape[1]), [x.shape[1] ?? 0]));
     expect(await failures({ logits: first })).toMatch(/permuting the experts/);
   });
   it("padding that is routed and counted", async () => {
@@ -130,15 +140,27 @@ describe("the router suite can fail", () => {
     // The mean of the whole batch knows the future.
     const ahead = (x: Tensor): Tensor => (x.size === 0 ? x : add(x, reshape(sum(x, [0]), [1, x.shape[1] ?? 0])));
     const found = await failures({ logits: ahead });
-    expect(found).toMatch(/training: never looks ahead: changing tokens from 1 on in row 0 changed the weight of token 0/);
+    expect(found).toMatch(
+      /training: never looks ahead: changing tokens from 1 on in row 0 changed the weight of token 0/,
+    );
     expect(found).toMatch(/decoding token by token/);
   });
   it("a gradient that is not the derivative", async () => {
-    const wrong = (x: Tensor): Tensor => customGrad([x], (y) => mul(y, 1), (dy) => [mul(dy, 2)]);
+    const wrong = (x: Tensor): Tensor =>
+      customGrad(
+        [x],
+        (y) => mul(y, 1),
+        (dy) => [mul(dy, 2)],
+      );
     expect(await failures({ logits: wrong })).toMatch(/autodiff gives .*, central differences give/);
   });
   it("a gradient that is cut", async () => {
-    const cut = (x: Tensor): Tensor => customGrad([x], (y) => mul(y, 1), () => []);
+    const cut = (x: Tensor): Tensor =>
+      customGrad(
+        [x],
+        (y) => mul(y, 1),
+        () => [],
+      );
     expect(await failures({ logits: cut })).toMatch(/gradients of weights and losses/);
   });
   it("a leak", async () => {
@@ -151,12 +173,17 @@ describe("the router suite can fail", () => {
   it("buffers that change their shape, or turn into NaN", async () => {
     const found = await failures({ afterStep: (_, buffers) => ({ seen: sum(leaf(buffers, "seen")) }) });
     expect(found).toMatch(/buffers survive a step: after a step: buffers.seen changed its shape/);
-    expect(await failures({ afterStep: (_, b) => ({ seen: mul(leaf(b, "seen"), Number.NaN) }) })).toMatch(/seen is \[NaN/);
+    expect(await failures({ afterStep: (_, b) => ({ seen: mul(leaf(b, "seen"), Number.NaN) }) })).toMatch(
+      /seen is \[NaN/,
+    );
   });
   it("a capacity that lets later rows take the places of earlier ones", async () => {
     const drop = (r: Routed): Routed => {
       const count = r.probabilities?.shape[1] ?? 1;
-      const { plan } = applyCapacity({ kind: "sparse", ...sparse(r) }, { experts: count, policy: "probability", factor: 0.5 });
+      const { plan } = applyCapacity(
+        { kind: "sparse", ...sparse(r) },
+        { experts: count, policy: "probability", factor: 0.5 },
+      );
       return { ...r, plan };
     };
     expect(await failures({ change: drop })).toMatch(/never looks ahead/);

@@ -18,7 +18,8 @@ export function testRouter({ skip = [], ...suite }: RouterSuite & { readonly ski
     skip,
     cases.map(({ name }) => name),
   );
-  const { name } = typeof suite.plugin === "function" ? suite.plugin({ experts: suite.sizes?.experts ?? 5 }) : suite.plugin;
+  const { name } =
+    typeof suite.plugin === "function" ? suite.plugin({ experts: suite.sizes?.experts ?? 5 }) : suite.plugin;
   describe(`router ${name}`, () => {
     it("skips name cases of this suite and give reasons", () => {
       expect(faults).toEqual([]);

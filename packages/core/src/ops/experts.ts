@@ -180,7 +180,7 @@ export const groupedMatmulOp: Op<GroupedMatmul> = {
   name: "groupedMatmul",
   shapes(inputs, { transposed = false }) {
     count("groupedMatmul", inputs, 3);
-    dtypes("groupedMatmul", inputs, "ffi");
+    dtypes("groupedMatmul", inputs, "fwi");
     rank("groupedMatmul", inputs, [2, 3, 1]);
     const [rows, w, ends] = [at(inputs, 0), at(inputs, 1), at(inputs, 2)];
     const [experts, out, inner] = w.shape as readonly [number, number, number];
@@ -194,7 +194,7 @@ export const groupedMatmulOp: Op<GroupedMatmul> = {
     const n = at(rows.shape, 0);
     let y: Tensor | undefined;
     for (let e = 0; e < experts; e++) {
-      const expert = reshape(slice(w, [e, 0, 0], [1, out, inner]), [out, inner]);
+      const expert = cast(reshape(slice(w, [e, 0, 0], [1, out, inner]), [out, inner]), "f32");
       // where, not mul: rows of other blocks, and behind the last, may hold NaN.
       const part = matmul(where(expertMask(ends, n, ends, e), rows, 0), expert, { transposeB: !transposed });
       y = y ? add(y, part) : part;
@@ -250,7 +250,7 @@ export const moeExpertsOp: Op<MoeExperts> = {
   name: "moeExperts",
   shapes(inputs) {
     count("moeExperts", inputs, 5);
-    dtypes("moeExperts", inputs, "fffif");
+    dtypes("moeExperts", inputs, "fwwif");
     rank("moeExperts", inputs, [2, 3, 3, 2, 2]);
     const [hidden, gateUp, down, ids, weights] = inputs.map((x) => x.shape);
     const [tokens, width] = hidden as readonly [number, number];

@@ -35,13 +35,12 @@ export const rowsOf = (x: Spec): number => x.shape.slice(0, -1).reduce((n, d) =>
 export const same = (a: readonly number[], b: readonly number[]): boolean =>
   a.length === b.length && a.every((d, i) => d === b[i]);
 
-/** Checks the dtypes of the inputs: "f", "i" or "?" (any) for each; a missing optional input is not checked. */
+/** Checks the dtypes of the inputs: "f", "i", "w" (weights: f32, bf16 or f16) or "?" (any) for each; a missing optional input is not checked. */
 export function dtypes(name: string, inputs: readonly Spec[], wanted: string): void {
   inputs.forEach((x, i) => {
     const kind = wanted[i] ?? wanted.at(-1);
-    if ((kind === "f" && x.dtype !== "f32") || (kind === "i" && x.dtype !== "i32")) {
-      fail(name, `input ${i} must be ${kind === "f" ? "f32" : "i32"}; cast() it`, inputs);
-    }
+    const allowed = kind === "f" ? ["f32"] : kind === "i" ? ["i32"] : kind === "w" ? ["f32", "bf16", "f16"] : [x.dtype];
+    if (!allowed.includes(x.dtype)) fail(name, `input ${i} must be ${allowed.join(" or ")}; cast() it`, inputs);
   });
 }
 

@@ -3,7 +3,7 @@ import type { Spec } from "../backend.ts";
 import { ShapeError } from "../errors.ts";
 import { at, type Op, run1 } from "../op.ts";
 import { show, type Tensor } from "../tensor.ts";
-import { add } from "./elementwise.ts";
+import { add, cast } from "./elementwise.ts";
 import { broadcast, count, dtypes, fail, last, rowsOf, spec } from "./infer.ts";
 import { reduceTo, reshape } from "./shape.ts";
 
@@ -46,7 +46,7 @@ export const linearOp: Op = {
   name: "linear",
   shapes(inputs) {
     count("linear", inputs, 2, 3);
-    dtypes("linear", inputs, "f");
+    dtypes("linear", inputs, "fwf");
     const [x, w, bias] = [at(inputs, 0), at(inputs, 1), inputs[2]];
     if (x.shape.length === 0 || w.shape.length !== 2 || last(x) !== last(w))
       fail("linear", "x [..., in] x w [out, in]", inputs);
@@ -55,18 +55,18 @@ export const linearOp: Op = {
   },
   fallback([x, w, bias]) {
     if (!x || !w) return [];
-    const y = matmul(reshape(x, [rowsOf(x), last(x)]), w, { transposeB: true });
+    const y = matmul(reshape(x, [rowsOf(x), last(x)]), cast(w, "f32"), { transposeB: true });
     return [reshape(bias ? add(y, bias) : y, [...x.shape.slice(0, -1), at(w.shape, 0)])];
   },
   vjp([dy], [x, w, bias], _, __, [wantX, wantW, wantBias]) {
     if (!dy || !x || !w) return [];
     const rows = reshape(dy, [rowsOf(dy), last(dy)]);
     return [
-      wantX ? reshape(matmul(rows, w), x.shape) : undefined,
+      wantX ? reshape(matmul(rows, cast(w, "f32")), x.shape) : undefined,
       wantW ? matmul(rows, reshape(x, [rowsOf(x), last(x)]), { transposeA: true }) : undefined,
       bias && wantBias ? reduceTo(rows, bias.shape) : undefined,
     ];
   },
 };
-/** x [..., in] times wᵀ, w [out, in], plus bias [out]: [..., out]. */
+/** x [..., in] times wᵀ, w [out, in] in f32, bf16 or f16, plus bias [out]: [..., out]. */
 export const linear = (x: Tensor, w: Tensor, bias?: Tensor): Tensor => run1(linearOp, bias ? [x, w, bias] : [x, w], {});

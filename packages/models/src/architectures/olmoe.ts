@@ -1,19 +1,14 @@
-// OLMoE (2409.02060) in the Hugging Face layout: reading any such checkpoint, and writing models of the same form, so that other
-// libraries load what was trained here. Form: top-k routing, q/k norm over the whole projection, SwiGLU experts, no biases.
+// OLMoE (2409.02060) in the Hugging Face layout: reading any such checkpoint, and writing models of the same form, so
+// that other libraries load what was trained here. Form: top-k routing, q/k norm over the whole projection, SwiGLU
+// experts, no biases.
 import { CheckpointError, type Engine, leaves, random, type Tensor, type Tree } from "@switchyard/core";
 import { topK } from "@switchyard/routers/top-k";
 import { isRecord } from "../checkpoint.ts";
 import { ConfigReader } from "../config-reader.ts";
 import type { Checkpoint } from "../model.ts";
 import type { TensorSource } from "../safetensors.ts";
-import {
-  buildTransformer,
-  type CompleteConfig,
-  completeConfig,
-  parameterShapes,
-  type Transformer,
-  type TransformerArchitecture,
-} from "../transformer.ts";
+import { buildTransformer, type Transformer, type TransformerArchitecture } from "../transformer.ts";
+import { type CompleteConfig, completeConfig, parameterShapes } from "../transformer-config.ts";
 import {
   bytesOf,
   type CheckpointContent,
@@ -161,7 +156,10 @@ function withWeights(plugin: CompleteConfig["router"], gates: readonly Tensor[])
   };
 }
 
-/** Reads `model_type: "olmoe"`. Throws CheckpointError for settings it does not know, so that no model runs differently in silence. */
+/**
+ * Reads `model_type: "olmoe"`. Throws CheckpointError for settings it does not know, so that no model runs differently
+ * in silence.
+ */
 export const olmoe: TransformerArchitecture = {
   modelTypes: ["olmoe"],
   read,
@@ -191,7 +189,10 @@ export interface SpecialIds {
   readonly pad?: number;
 }
 
-/** config.json and tensors of a model in this layout. Throws CheckpointError with the reason where the model has another form. */
+/**
+ * config.json and tensors of a model in this layout. Throws CheckpointError with the reason where the model has another
+ * form.
+ */
 export function writeOlmoe(model: Transformer, special: SpecialIds = {}): CheckpointContent {
   const refusal = olmoeRefusal(model);
   if (refusal !== undefined) throw new CheckpointError(`the model cannot be saved in the OLMoE layout: ${refusal}`);

@@ -1,4 +1,5 @@
-// Our own layout, model_type "switchyard": any router, with its options, parameters and buffers. Only Switchyard loads it.
+// Our own layout, model_type "switchyard": any router, with its options, parameters and buffers. Only Switchyard loads
+// it.
 import {
   CheckpointError,
   dispose,
@@ -15,14 +16,8 @@ import { isRecord } from "../checkpoint.ts";
 import { ConfigReader } from "../config-reader.ts";
 import type { Checkpoint } from "../model.ts";
 import type { TensorSource } from "../safetensors.ts";
-import {
-  buildTransformer,
-  type CompleteConfig,
-  completeConfig,
-  parameterShapes,
-  type Transformer,
-  type TransformerArchitecture,
-} from "../transformer.ts";
+import { buildTransformer, type Transformer, type TransformerArchitecture } from "../transformer.ts";
+import { type CompleteConfig, completeConfig, parameterShapes } from "../transformer-config.ts";
 import { type CheckpointContent, checkAllUsed, checkMemory, readTensor, stored } from "../weights.ts";
 
 const format = 1;

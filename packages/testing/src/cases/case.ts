@@ -66,7 +66,11 @@ async function gradients(
 }
 
 /** Central differences; their own error is about 1e-8, hence the floor under the tolerance of gradients. */
-function numericGradient(f: (inputs: readonly HostArray[]) => number, inputs: readonly HostArray[], wanted: number): HostArray {
+function numericGradient(
+  f: (inputs: readonly HostArray[]) => number,
+  inputs: readonly HostArray[],
+  wanted: number,
+): HostArray {
   const x = inputs[wanted] as HostArray;
   const result = new Float64Array(x.data.length);
   for (let i = 0; i < result.length; i++) {

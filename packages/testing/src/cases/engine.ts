@@ -2,8 +2,8 @@
 // What has no closed form is compared with the float64 reference backend.
 import {
   type AdamwAttrs,
-  add,
   adamwOp,
+  add,
   affine,
   autodiff,
   combineRows,
@@ -28,8 +28,8 @@ import {
   softmaxTopk,
   sub,
   swiglu,
-  takeRows,
   type Tensor,
+  takeRows,
   watch,
 } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
@@ -98,7 +98,12 @@ function optimisers(): BackendCase[] {
       }),
       ...compare(`adamw/given away ${label}`, {
         inputs: [param, g, m, v, scale],
-        run: (xs) => run(adamwOp, xs.map((x, i) => (i === 1 || i === 4 ? x : x.engine.give(x))), adamwOptions),
+        run: (xs) =>
+          run(
+            adamwOp,
+            xs.map((x, i) => (i === 1 || i === 4 ? x : x.engine.give(x))),
+            adamwOptions,
+          ),
         expect: step,
         slack: 4,
       }),
@@ -115,7 +120,12 @@ function optimisers(): BackendCase[] {
           }),
           ...compare(`${name}given away ${label}`, {
             inputs,
-            run: (xs) => run(sgdOp, xs.map((x, i) => (i === 0 || i === 2 ? x.engine.give(x) : x)), options),
+            run: (xs) =>
+              run(
+                sgdOp,
+                xs.map((x, i) => (i === 0 || i === 2 ? x.engine.give(x) : x)),
+                options,
+              ),
             expect: (xs) => sgdOracle(xs, options),
             slack: 2,
           }),
@@ -252,7 +262,8 @@ function storage(): BackendCase[] {
         kept.push([y, { shape: x.shape, data: x.data.map((value) => 2 * value) as Float64Array }]);
         // Frees in an order of its own.
         const at = Math.floor(next() * kept.length);
-        if (next() < 0.8) for (const [tensor, expected] of kept.splice(at, 1)) await check(`step ${i}`, tensor, expected, tolerance);
+        if (next() < 0.8)
+          for (const [tensor, expected] of kept.splice(at, 1)) await check(`step ${i}`, tensor, expected, tolerance);
       }
       for (const [tensor, expected] of kept) await check("kept to the end", tensor, expected, tolerance);
     }),
@@ -262,7 +273,8 @@ function storage(): BackendCase[] {
       const ones = engine.tensor(new Float32Array(n).fill(1), [n]);
       const kept = engine.scope(() => Array.from({ length: 8 }, (_, i) => affine(ones, { scale: i, shift: 0 })));
       await check("a small tensor from before", small, floats([3], [1, 2, 3]), exact);
-      for (const [i, x] of kept.entries()) await check(`large tensor ${i}`, x, floats([n], new Float32Array(n).fill(i)), tolerance);
+      for (const [i, x] of kept.entries())
+        await check(`large tensor ${i}`, x, floats([n], new Float32Array(n).fill(i)), tolerance);
       ones.dispose();
     }),
   ];
@@ -317,9 +329,10 @@ async function train(engine: Engine, steps: number): Promise<HostArray[]> {
   const start = tinyParameters();
   const names = Object.keys(start) as (keyof Tiny)[];
   let params = Object.fromEntries(names.map((name) => [name, upload(engine, start[name])]));
-  const zeros = (): Record<string, Tensor> => Object.fromEntries(
-    names.map((name) => [name, engine.tensor(new Float32Array(start[name].data.length), start[name].shape)]),
-  );
+  const zeros = (): Record<string, Tensor> =>
+    Object.fromEntries(
+      names.map((name) => [name, engine.tensor(new Float32Array(start[name].data.length), start[name].shape)]),
+    );
   let [m, v] = [zeros(), zeros()];
   const inputs = [upload(engine, ids), upload(engine, labels)] as const;
   const losses: number[] = [];
@@ -347,12 +360,16 @@ async function train(engine: Engine, steps: number): Promise<HostArray[]> {
     dispose(result);
     live.push(engine.live());
   }
-  if (new Set(live).size !== 1) throw new Error(`live handles after each training step: ${live.join(", ")}, expected one number`);
+  if (new Set(live).size !== 1)
+    throw new Error(`live handles after each training step: ${live.join(", ")}, expected one number`);
   const values = await Promise.all(names.map((name) => download(named(params, name))));
   dispose([params, m, v, ...inputs]);
   return [floats64([steps], losses), ...values];
 }
-const floats64 = (shape: readonly number[], values: readonly number[]): HostArray => ({ shape, data: Float64Array.from(values) });
+const floats64 = (shape: readonly number[], values: readonly number[]): HostArray => ({
+  shape,
+  data: Float64Array.from(values),
+});
 const named = (from: Readonly<Record<string, Tensor>>, name: string): Tensor => {
   const x = from[name];
   if (x === undefined) throw new Error(`no tensor "${name}"`);
@@ -426,7 +443,15 @@ function models(): BackendCase[] {
         if (!slope) throw new Error("no gradient");
         return get(grad(mean(slope), [leaf]), 0);
       });
-      await check("second derivative", second, floats([3, 1], [...x.data].map((value) => 2 * value)), times(tolerance, 5));
+      await check(
+        "second derivative",
+        second,
+        floats(
+          [3, 1],
+          [...x.data].map((value) => 2 * value),
+        ),
+        times(tolerance, 5),
+      );
     }),
     ...compare("engine/ids and floats in one expression 4x3", {
       inputs: [uniform(generator("mixed"), [5, 3]), ints([4], [4, -1, 0, 2]), uniform(generator("row"), [3])],
@@ -436,7 +461,9 @@ function models(): BackendCase[] {
     }),
   ];
 }
-const mapHost = (host: { readonly [P in keyof Tiny]: HostArray }, f: (x: HostArray) => Tensor): Record<string, Tensor> =>
-  Object.fromEntries(Object.entries(host).map(([name, x]) => [name, f(x)]));
+const mapHost = (
+  host: { readonly [P in keyof Tiny]: HostArray },
+  f: (x: HostArray) => Tensor,
+): Record<string, Tensor> => Object.fromEntries(Object.entries(host).map(([name, x]) => [name, f(x)]));
 
 export const engineCases = (): BackendCase[] => [...optimisers(), ...transfers(), ...storage(), ...models()];

@@ -3,6 +3,7 @@
 import {
   affine,
   attention,
+  broadcastTo,
   combineRows,
   crossEntropy,
   dispatch,
@@ -17,6 +18,7 @@ import {
   logSoftmax,
   logSumExp,
   moeExperts,
+  pad,
   relu,
   rmsNorm,
   rope,
@@ -54,11 +56,20 @@ function arithmetic(): BackendCase[] {
   const pairs: readonly (readonly [readonly number[], readonly number[]])[] = [
     [[7], [7]],
     [[3, 5], [5]],
-    [[3, 5], [3, 1]],
-    [[3, 1], [1, 5]],
+    [
+      [3, 5],
+      [3, 1],
+    ],
+    [
+      [3, 1],
+      [1, 5],
+    ],
     [[], [4]],
     [[0, 3], [3]],
-    [[33, 19], [33, 19]],
+    [
+      [33, 19],
+      [33, 19],
+    ],
   ];
   const table = [
     ["sub", sub, (a: number, b: number) => a - b, -2],
@@ -76,6 +87,40 @@ function arithmetic(): BackendCase[] {
       });
     }),
   );
+}
+
+function spreads(): BackendCase[] {
+  const to: readonly (readonly [readonly number[], readonly number[]])[] = [
+    [[], [3]],
+    [[5], [3, 5]],
+    [[3, 1], [3, 5]],
+    [[2, 1, 4], [2, 3, 4]],
+    [[1], [0]],
+  ];
+  const padded: readonly (readonly [readonly number[], readonly number[], readonly number[]])[] = [
+    [[3], [1], [2]],
+    [[2, 3], [0, 2], [1, 0]],
+    [[2, 3, 2], [1, 0, 0], [0, 0, 3]],
+    [[0, 2], [2, 0], [1, 1]],
+  ];
+  return [
+    ...to.flatMap(([from, shape]) =>
+      compare(`broadcastTo/${show(shape)} from ${show(from)}`, {
+        inputs: [uniform(generator(`spread ${show(from)}`), from)],
+        run: (xs) => broadcastTo(t(xs, 0), shape),
+        expect: (xs) => oracle.binary(h(xs, 0), floats(shape, new Float64Array(sizeOf(shape))), (a, b) => a + b),
+        gradient: [0],
+      }),
+    ),
+    ...padded.flatMap(([shape, before, after]) =>
+      compare(`pad/${before.join(",")} and ${after.join(",")} around ${show(shape)}`, {
+        inputs: [uniform(generator(`pad ${show(shape)}`), shape)],
+        run: (xs) => pad(t(xs, 0), before, after),
+        expect: (xs) => oracle.pad(h(xs, 0), before, after),
+        gradient: [0],
+      }),
+    ),
+  ];
 }
 
 function activations(): BackendCase[] {
@@ -235,12 +280,15 @@ function ropes(): BackendCase[] {
       ["interleaved inverse", { interleaved: true, inverse: true }],
     ].flatMap((entry) => {
       const [label, options] = entry as [string, { interleaved?: boolean; inverse?: boolean }];
-      return compare(`rope/${label} ${show(shape)}${turned < shape[3] ? ` first ${turned}` : ""}${perRow ? " per row" : ""}`, {
-        inputs: [uniform(next, shape), cos, sin],
-        run: (xs) => rope(t(xs, 0), t(xs, 1), t(xs, 2), options),
-        expect: (xs) => oracle.rope(h(xs, 0), h(xs, 1), h(xs, 2), options),
-        ...(sizeOf(shape) <= 100 ? { gradient: [0] } : {}),
-      });
+      return compare(
+        `rope/${label} ${show(shape)}${turned < shape[3] ? ` first ${turned}` : ""}${perRow ? " per row" : ""}`,
+        {
+          inputs: [uniform(next, shape), cos, sin],
+          run: (xs) => rope(t(xs, 0), t(xs, 1), t(xs, 2), options),
+          expect: (xs) => oracle.rope(h(xs, 0), h(xs, 1), h(xs, 2), options),
+          ...(sizeOf(shape) <= 100 ? { gradient: [0] } : {}),
+        },
+      );
     });
   });
 }
@@ -294,7 +342,7 @@ function attentions(): BackendCase[] {
     { label: "window 1 sees itself", sizes: [1, 3, 4, 1, 1, 2], causal: true, window: 1 },
     { label: "padding", sizes: [2, 3, 3, 2, 2, 4], causal: true, mask: [1, 1, 1, 0, 1, 1] },
     { label: "padding without causality", sizes: [2, 2, 3, 1, 1, 2], causal: false, mask: [1, 0, 1, 1, 1, 0] },
-    { label: "rows that see nothing", sizes: [1, 3, 3, 1, 1, 2], causal: true, mask: [0, 0, 1], values: true },
+    { label: "rows that see nothing", sizes: [1, 3, 3, 1, 1, 2], causal: true, mask: [0, 0, 1] },
     { label: "one token", sizes: [1, 1, 1, 1, 1, 1], causal: true },
     { label: "no batch", sizes: [0, 2, 2, 1, 1, 2], causal: true },
     { label: "longer than a tile", sizes: [1, 37, 37, 2, 1, 5], causal: true, values: true },
@@ -583,6 +631,14 @@ function experts(): BackendCase[] {
       slack: 2,
     });
   });
+  const few = generator("experts few");
+  const scattered = ints([5, 2], [-1, -1, 0, 3, 2, -1, 7, 1, -1, 0]);
+  // The first token has no expert: what it holds must not matter.
+  const unread = uniform(few, [5, 5], -1, 1);
+  unread.data.fill(nan, 0, 5);
+  const weights = [uniform(few, [3, 6, 5], -1, 1), uniform(few, [3, 5, 3], -1, 1)] as const;
+  const expect = (xs: readonly HostArray[]): HostArray =>
+    oracle.moeExperts(h(xs, 0), h(xs, 1), h(xs, 2), h(xs, 3), h(xs, 4));
   const next = generator("experts wide");
   const wide = [
     uniform(next, [19, 33], -1, 1),
@@ -593,6 +649,20 @@ function experts(): BackendCase[] {
   ];
   return [
     ...cases,
+    ...compare("moeExperts/NaN of a token without expert is not read 5x2 to 3", {
+      inputs: [unread, ...weights, scattered, uniform(few, [5, 2], -1, 1)],
+      run: moe,
+      expect,
+      slack: 2,
+    }),
+    ...compare("moeExperts/bound below the slots 5x2 to 3", {
+      inputs: [uniform(few, [5, 5], -1, 1), ...weights, scattered, uniform(few, [5, 2], -1, 1)],
+      run: (xs) =>
+        moeExperts(t(xs, 0), { gateUp: t(xs, 1), down: t(xs, 2) }, { ids: t(xs, 3), weights: t(xs, 4) }, { bound: 4 }),
+      expect,
+      gradient: [0, 1, 2, 4],
+      slack: 2,
+    }),
     ...compare("moeExperts/not a multiple of a tile 19x3 to 5 width 33 hidden 17", {
       inputs: wide,
       run: moe,
@@ -616,6 +686,7 @@ function norm2(): BackendCase[] {
 
 export const fusedCases = (): BackendCase[] => [
   ...arithmetic(),
+  ...spreads(),
   ...activations(),
   ...gates(),
   ...linears(),

@@ -21,9 +21,9 @@ import {
   slice,
   sqrt,
   sumTo,
+  type Tensor,
   takeRows,
   tanh,
-  type Tensor,
   topkIndices,
   transpose,
   where,
@@ -52,19 +52,43 @@ const pairs: readonly (readonly [readonly number[], readonly number[]])[] = [
   [[1031], [1031]],
   [[3, 5], [5]],
   [[5], [3, 5]],
-  [[3, 5], [1, 5]],
-  [[3, 5], [3, 1]],
-  [[3, 1], [1, 5]],
-  [[2, 3, 5], [3, 1]],
-  [[2, 1, 5], [1, 3, 1]],
-  [[2, 3, 4, 5], [2, 1, 4, 1]],
+  [
+    [3, 5],
+    [1, 5],
+  ],
+  [
+    [3, 5],
+    [3, 1],
+  ],
+  [
+    [3, 1],
+    [1, 5],
+  ],
+  [
+    [2, 3, 5],
+    [3, 1],
+  ],
+  [
+    [2, 1, 5],
+    [1, 3, 1],
+  ],
+  [
+    [2, 3, 4, 5],
+    [2, 1, 4, 1],
+  ],
   [[3, 5], []],
   [[], [3, 5]],
   [[0], [0]],
   [[0, 5], [5]],
-  [[3, 0], [3, 1]],
+  [
+    [3, 0],
+    [3, 1],
+  ],
   [[33, 17], [17]],
-  [[33, 17], [33, 1]],
+  [
+    [33, 17],
+    [33, 1],
+  ],
 ];
 
 function binaries(): BackendCase[] {
@@ -118,7 +142,10 @@ function wheres(): BackendCase[] {
   const values = shapes.flatMap((three) => {
     const next = generator(`where ${show(...three)}`);
     const [condition, a, b] = [get(three, 0), get(three, 1), get(three, 2)];
-    const mask = floats(condition, Array.from({ length: sizeOf(condition) }, () => (next() < 0.5 ? 1 : 0)));
+    const mask = floats(
+      condition,
+      Array.from({ length: sizeOf(condition) }, () => (next() < 0.5 ? 1 : 0)),
+    );
     return compare(`where/broadcast ${show(...three)}`, {
       inputs: [mask, uniform(next, a), uniform(next, b)],
       run: ([m, x, y]) => where(m as Tensor, x as Tensor, y as Tensor),
@@ -224,36 +251,110 @@ function shapes(): BackendCase[] {
     [[6], [2, 3]],
     [[2, 3, 5], [30]],
     [[1], []],
-    [[0, 3], [5, 0]],
-    [[4, 1, 7], [7, 4]],
+    [
+      [0, 3],
+      [5, 0],
+    ],
+    [
+      [4, 1, 7],
+      [7, 4],
+    ],
   ];
   const perms: readonly (readonly [readonly number[], readonly number[]])[] = [
-    [[5, 7], [1, 0]],
-    [[33, 17], [1, 0]],
-    [[2, 3, 5], [2, 0, 1]],
-    [[2, 3, 5], [0, 2, 1]],
-    [[2, 3, 4, 5], [0, 2, 1, 3]],
-    [[2, 3, 4, 5], [3, 1, 0, 2]],
-    [[2, 3], [0, 1]],
-    [[0, 4], [1, 0]],
+    [
+      [5, 7],
+      [1, 0],
+    ],
+    [
+      [33, 17],
+      [1, 0],
+    ],
+    [
+      [2, 3, 5],
+      [2, 0, 1],
+    ],
+    [
+      [2, 3, 5],
+      [0, 2, 1],
+    ],
+    [
+      [2, 3, 4, 5],
+      [0, 2, 1, 3],
+    ],
+    [
+      [2, 3, 4, 5],
+      [3, 1, 0, 2],
+    ],
+    [
+      [2, 3],
+      [0, 1],
+    ],
+    [
+      [0, 4],
+      [1, 0],
+    ],
     [[7], [0]],
     [[], []],
   ];
   const slices: readonly (readonly [readonly number[], readonly number[], readonly number[]])[] = [
     [[7], [2], [3]],
-    [[5, 7], [1, 2], [3, 4]],
-    [[5, 7], [0, 6], [5, 1]],
-    [[5, 7], [4, 0], [1, 7]],
-    [[2, 3, 5], [1, 0, 2], [1, 3, 3]],
-    [[5, 7], [2, 3], [0, 4]],
+    [
+      [5, 7],
+      [1, 2],
+      [3, 4],
+    ],
+    [
+      [5, 7],
+      [0, 6],
+      [5, 1],
+    ],
+    [
+      [5, 7],
+      [4, 0],
+      [1, 7],
+    ],
+    [
+      [2, 3, 5],
+      [1, 0, 2],
+      [1, 3, 3],
+    ],
+    [
+      [5, 7],
+      [2, 3],
+      [0, 4],
+    ],
     [[3], [3], [0]],
-    [[0, 3], [0, 1], [0, 2]],
+    [
+      [0, 3],
+      [0, 1],
+      [0, 2],
+    ],
   ];
   const concats: readonly (readonly [readonly (readonly number[])[], number])[] = [
     [[[3], [4]], 0],
-    [[[2, 3], [2, 1], [2, 5]], 1],
-    [[[2, 3], [0, 3], [4, 3]], 0],
-    [[[2, 3, 4], [2, 2, 4]], 1],
+    [
+      [
+        [2, 3],
+        [2, 1],
+        [2, 5],
+      ],
+      1,
+    ],
+    [
+      [
+        [2, 3],
+        [0, 3],
+        [4, 3],
+      ],
+      0,
+    ],
+    [
+      [
+        [2, 3, 4],
+        [2, 2, 4],
+      ],
+      1,
+    ],
     [[[5, 2]], 0],
     [[[0], [0]], 0],
   ];
@@ -312,7 +413,11 @@ function rows(): BackendCase[] {
   const next = generator("rows");
   const takes: readonly (readonly [readonly number[], readonly number[], readonly number[]])[] = [
     [[5, 3], [4], [4, 0, 4, 2]],
-    [[5, 3], [2, 2], [1, -1, 5, 3]],
+    [
+      [5, 3],
+      [2, 2],
+      [1, -1, 5, 3],
+    ],
     [[5], [3], [2, -1, 0]],
     [[3, 2, 4], [2], [2, 1]],
     [[4, 17], [7], [0, 0, 0, 3, 3, 1, 2]],
@@ -370,16 +475,37 @@ function reductions(): BackendCase[] {
     [[7], []],
     [[7], [1]],
     [[3, 5], [5]],
-    [[3, 5], [1, 5]],
-    [[3, 5], [3, 1]],
+    [
+      [3, 5],
+      [1, 5],
+    ],
+    [
+      [3, 5],
+      [3, 1],
+    ],
     [[3, 5], []],
-    [[2, 3, 5], [3, 1]],
-    [[2, 3, 4, 5], [2, 1, 4, 1]],
-    [[3, 5], [3, 5]],
+    [
+      [2, 3, 5],
+      [3, 1],
+    ],
+    [
+      [2, 3, 4, 5],
+      [2, 1, 4, 1],
+    ],
+    [
+      [3, 5],
+      [3, 5],
+    ],
     [[0, 5], [5]],
-    [[3, 0], [3, 1]],
+    [
+      [3, 0],
+      [3, 1],
+    ],
     [[33, 70], [70]],
-    [[33, 70], [33, 1]],
+    [
+      [33, 70],
+      [33, 1],
+    ],
     [[1031], []],
   ];
   const sumCases = sums.flatMap(([from, to]) =>
@@ -399,20 +525,21 @@ function reductions(): BackendCase[] {
       ...(sizeOf(shape) <= 40 ? { gradient: [0] } : {}),
     }),
   );
-  const sweeps: readonly (readonly [readonly number[], number, { exclusive?: boolean; reverse?: boolean }, string])[] = [
-    [[7], 0, {}, ""],
-    [[7], 0, { exclusive: true }, " exclusive"],
-    [[7], 0, { reverse: true }, " reverse"],
-    [[7], 0, { exclusive: true, reverse: true }, " exclusive reverse"],
-    [[3, 5], 0, {}, ""],
-    [[3, 5], 1, {}, ""],
-    [[2, 3, 4], 1, { exclusive: true }, " exclusive"],
-    [[2, 3, 4], 1, { reverse: true }, " reverse"],
-    [[1, 1], 1, { exclusive: true }, " exclusive"],
-    [[0, 3], 0, {}, ""],
-    [[3, 0], 1, {}, ""],
-    [[5, 67], 1, {}, ""],
-  ];
+  const sweeps: readonly (readonly [readonly number[], number, { exclusive?: boolean; reverse?: boolean }, string])[] =
+    [
+      [[7], 0, {}, ""],
+      [[7], 0, { exclusive: true }, " exclusive"],
+      [[7], 0, { reverse: true }, " reverse"],
+      [[7], 0, { exclusive: true, reverse: true }, " exclusive reverse"],
+      [[3, 5], 0, {}, ""],
+      [[3, 5], 1, {}, ""],
+      [[2, 3, 4], 1, { exclusive: true }, " exclusive"],
+      [[2, 3, 4], 1, { reverse: true }, " reverse"],
+      [[1, 1], 1, { exclusive: true }, " exclusive"],
+      [[0, 3], 0, {}, ""],
+      [[3, 0], 1, {}, ""],
+      [[5, 67], 1, {}, ""],
+    ];
   const sweepCases = sweeps.flatMap(([shape, axis, options, label]) => [
     ...compare(`cumsum/axis ${axis}${label} of ${show(shape)}`, {
       inputs: [uniform(next, shape)],
@@ -478,7 +605,10 @@ function matmuls(): BackendCase[] {
     [[2], [2]],
     [[3], []],
     [[], [3]],
-    [[2, 1], [1, 3]],
+    [
+      [2, 1],
+      [1, 3],
+    ],
     [[2, 3], [3]],
     [[0], [0]],
     [[1], [4]],

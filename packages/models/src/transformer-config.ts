@@ -1,0 +1,107 @@
+// The sizes of a transformer: options with their defaults, what fits together, and the shapes of all parameters.
+import { type RouterPlugin, ShapeError } from "@switchyard/core";
+
+export interface TransformerConfig {
+  /** Number of token ids. */
+  readonly vocabulary: number;
+  /** Size of the residual stream. */
+  readonly width: number;
+  readonly layers: number;
+  readonly heads: number;
+  /** Heads of keys and values, a divisor of `heads`; default heads. */
+  readonly kvHeads?: number;
+  /** Channels per head, even; default width / heads. */
+  readonly headSize?: number;
+  /** Experts per layer. */
+  readonly experts: number;
+  /** Inner size of one expert. */
+  readonly hidden: number;
+  readonly router: RouterPlugin;
+  /** Longest sequence. */
+  readonly context: number;
+  /** Default 10000. */
+  readonly ropeTheta?: number;
+  /** Default 1e-5. */
+  readonly normEps?: number;
+  /**
+   * RMS normalisation of queries and keys: of each head (Qwen3, 2505.09388), or of the whole projection (OLMoE,
+   * 2409.02060). Default false.
+   */
+  readonly qkNorm?: false | "head" | "projection";
+  /** Clips queries, keys and values to [-clipQkv, clipQkv] (OLMoE's option); default: no clipping. */
+  readonly clipQkv?: number | undefined;
+  /** One matrix for input and output embeddings; default false. */
+  readonly tieEmbeddings?: boolean;
+  /** Experts every token goes through, run as one of inner size sharedExperts * hidden (2401.06066); default 0. */
+  readonly sharedExperts?: number;
+  /**
+   * Accepts routers whose choice for a token depends on later tokens. The loss is then better than what generation can
+   * reach, because the routing tells about the future. Default false.
+   */
+  readonly allowNonCausal?: boolean;
+}
+
+/** `TransformerConfig` with every default filled in. */
+export type CompleteConfig = Required<Omit<TransformerConfig, "clipQkv">> & { readonly clipQkv: number | undefined };
+
+const defaults = {
+  ropeTheta: 10000,
+  normEps: 1e-5,
+  qkNorm: false,
+  tieEmbeddings: false,
+  sharedExperts: 0,
+  allowNonCausal: false,
+  clipQkv: undefined,
+} as const;
+
+/** Fills in the defaults. Throws ShapeError where sizes do not fit together. */
+export function completeConfig(config: TransformerConfig): CompleteConfig {
+  const { width, heads } = config;
+  const complete: CompleteConfig = { kvHeads: heads, headSize: width / heads, ...defaults, ...config };
+  const refuse = (why: string): never => {
+    throw new ShapeError(`transformer: ${why}`);
+  };
+  for (const name of ["vocabulary", "width", "layers", "heads", "kvHeads", "experts", "hidden", "context"] as const) {
+    const value = complete[name];
+    if (!Number.isInteger(value) || value < 1) refuse(`${name} is ${value}, expected a whole number from 1`);
+  }
+  const { kvHeads, headSize, sharedExperts, normEps, ropeTheta, clipQkv } = complete;
+  if (!Number.isInteger(headSize) || headSize < 2 || headSize % 2 !== 0) {
+    refuse(`headSize is ${headSize}, expected an even whole number (width ${width}, ${heads} heads)`);
+  }
+  if (heads % kvHeads !== 0) refuse(`${heads} heads cannot share ${kvHeads} heads of keys and values`);
+  if (!Number.isInteger(sharedExperts) || sharedExperts < 0) refuse(`sharedExperts is ${sharedExperts}`);
+  if (!(normEps >= 0)) refuse(`normEps is ${normEps}`);
+  if (!(ropeTheta > 0)) refuse(`ropeTheta is ${ropeTheta}`);
+  if (clipQkv !== undefined && !(clipQkv > 0)) refuse(`clipQkv is ${clipQkv}`);
+  return complete;
+}
+
+/** Shapes of all parameters but the routers', by their path in `params`. */
+export function parameterShapes(config: TransformerConfig): ReadonlyMap<string, readonly number[]> {
+  const complete = completeConfig(config);
+  const { vocabulary, width, layers, heads, kvHeads, headSize, experts, hidden, qkNorm, sharedExperts } = complete;
+  const shapes = new Map<string, readonly number[]>([["embed", [vocabulary, width]]]);
+  for (let layer = 0; layer < layers; layer++) {
+    const at = (name: string, shape: readonly number[]) => shapes.set(`layers.${layer}.${name}`, shape);
+    at("attentionNorm", [width]);
+    at("attention.q", [heads * headSize, width]);
+    at("attention.k", [kvHeads * headSize, width]);
+    at("attention.v", [kvHeads * headSize, width]);
+    at("attention.o", [width, heads * headSize]);
+    if (qkNorm) {
+      at("attention.qNorm", [qkNorm === "head" ? headSize : heads * headSize]);
+      at("attention.kNorm", [qkNorm === "head" ? headSize : kvHeads * headSize]);
+    }
+    at("moeNorm", [width]);
+    at("moe.experts.gateUp", [experts, 2 * hidden, width]);
+    at("moe.experts.down", [experts, width, hidden]);
+    if (sharedExperts > 0) {
+      at("moe.shared.0.experts.gateUp", [1, 2 * sharedExperts * hidden, width]);
+      at("moe.shared.0.experts.down", [1, width, sharedExperts * hidden]);
+    }
+  }
+  shapes.set("norm", [width]);
+  if (!complete.tieEmbeddings) shapes.set("head", [vocabulary, width]);
+  return shapes;
+}
