@@ -23,17 +23,15 @@ const usage = `npm run bench:kernels -- [options]
   --quick         few and short samples, small sizes: to see that it runs
   --json          one JSON document on standard output; progress goes to standard error`;
 
-const { values } = parseArgs({
-  options: {
-    case: { type: "string" },
-    peer: { type: "string" },
-    variant: { type: "string" },
-    threads: { type: "string", default: "1" },
-    quick: { type: "boolean", default: false },
-    json: { type: "boolean", default: false },
-    help: { type: "boolean", default: false },
-  },
-});
+const options = {
+  case: { type: "string" },
+  peer: { type: "string" },
+  variant: { type: "string" },
+  threads: { type: "string", default: "1" },
+  quick: { type: "boolean", default: false },
+  json: { type: "boolean", default: false },
+  help: { type: "boolean", default: false },
+} as const;
 
 /** The named ones of `known`, or all. */
 function chosen(option: string, value: string | undefined, known: readonly string[]): readonly string[] {
@@ -67,6 +65,7 @@ async function openPeers(
 }
 
 async function main(): Promise<void> {
+  const { values } = parseArgs({ options });
   if (values.help) return console.log(usage);
   const threads = Number(values.threads);
   if (!Number.isInteger(threads) || threads < 1)

@@ -119,7 +119,8 @@ export async function measure(
       for (let run = 0; run < entry.runs; run++) await entry.contender.run();
       entry.wall.push((clock.now() - start) / entry.runs);
       const cpuEnd = clock.cpu();
-      if (cpu !== undefined && cpuEnd !== undefined && !entry.contender.outside) entry.cpu.push((cpuEnd - cpu) / entry.runs);
+      if (cpu !== undefined && cpuEnd !== undefined && !entry.contender.outside)
+        entry.cpu.push((cpuEnd - cpu) / entry.runs);
     }
   }
   return entries.map(({ contender, runs, wall, cpu }) => ({

@@ -70,7 +70,7 @@ describe("train", () => {
   let whole: Ran;
   beforeAll(async () => {
     whole = await run(["train", ...text, ...tiny, "--steps", "12", "--name", "whole"]);
-  });
+  }, 120_000);
 
   test("ends well, with a table, a sample and where the report is", () => {
     expect(whole.error).not.toContain("switchyard:");
@@ -152,7 +152,7 @@ describe("train", () => {
     const before = readFileSync(path("runs", "whole", "topK-seed1", "model.safetensors"));
     const again = await run(["train", "--resume", path("runs", "whole")]);
     expect(again.code).toBe(0);
-    expect(again.error).not.toContain("step");
+    expect(again.error).not.toMatch(/ step \d/);
     expect(again.out).toMatch(/^topK +\d\.\d{3} /m);
     expect(readFileSync(path("runs", "whole", "topK-seed1", "model.safetensors")).equals(before)).toBe(true);
   });
@@ -173,8 +173,8 @@ describe("train", () => {
   });
 
   test("--time fixes the steps, and a resumed run keeps them", async () => {
-    const args = ["train", ...text, ...tiny, "--time", "20s", "--router", "topK", "--name", "timed"];
-    const first = await run(args, /step 2\//);
+    const args = ["train", ...text, ...tiny, "--time", "15s", "--router", "topK", "--name", "timed"];
+    const first = await run(args, /step \d+\//);
     expect(first.code).toBe(130);
     const { steps } = JSON.parse(readFileSync(path("runs", "timed", "run.json"), "utf8"));
     expect(steps).toBeGreaterThanOrEqual(10);

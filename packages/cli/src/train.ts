@@ -213,6 +213,8 @@ export async function train(args: TrainArgs, paths: readonly string[], context: 
   if (earlier !== undefined && earlier.text !== text) {
     throw new UnsupportedError(`--resume: the text has changed since ${folder} was started; start a new run`);
   }
+  const before = earlier === undefined ? undefined : earlierResults(folder);
+  if (before?.complete) return { status: "complete", folder, results: before };
   const fresh = !existsSync(folder);
   writableFolder(folder);
   try {
@@ -247,7 +249,7 @@ async function inFolder(args: TrainArgs, context: TrainContext, job: Job): Promi
   const { folder, settings, routers, size, corpora, domains, earlier, started } = job;
   const { display, signal } = context;
   const elapsed = (): number => (earlier?.seconds ?? 0) + (performance.now() - started) / 1000;
-  const done = earlier === undefined ? [] : finishedRuns(folder);
+  const done = (earlier === undefined ? undefined : earlierResults(folder))?.runs ?? [];
   const seeds = Array.from({ length: settings.seeds }, (_, i) => settings.seed + i);
   display.note(describe(job));
 
@@ -333,10 +335,10 @@ async function inFolder(args: TrainArgs, context: TrainContext, job: Job): Promi
   }
 }
 
-/** Runs that an earlier session finished. */
-function finishedRuns(folder: string): readonly RunResult[] {
+/** What earlier sessions of the run wrote. */
+function earlierResults(folder: string): Results | undefined {
   const file = join(folder, "results.json");
-  return existsSync(file) ? parseResults(readText(file), file).runs : [];
+  return existsSync(file) ? parseResults(readText(file), file) : undefined;
 }
 
 function describe({ corpora, domains, routers, settings }: Job): string {

@@ -1,6 +1,7 @@
 // Attention and its gradient. Rows (query, head) that share a key/value head are taken eight at a time, one per SIMD lane pair: scores stand as
 // [key][row], so softmax needs no sums across lanes. Keys pass in blocks with a running maximum; no [sequence, total] matrix is ever stored.
-import { exp4, lane0, log1, madd, zero } from "./simd";
+import { transposeTo } from "./matmul";
+import { expTerm4, lane0, log1, madd, zero } from "./simd";
 
 @unmanaged
 class Attention {
@@ -188,24 +189,44 @@ function positionOf(job: Attention, r: i32): i32 {
   return job.total - job.sequence + r / (job.heads / job.kvHeads);
 }
 
-/** [n][8]: channel by channel, eight rows from `r` of x; rows past the last are zero. */
+/** [n][8]: channel by channel, eight rows times `scale`. Writes whole groups of four channels where n is not a multiple of 4. */
+function pack8(p0: usize, p1: usize, p2: usize, p3: usize, p4: usize, p5: usize, p6: usize, p7: usize, n: i32, scale: f32, to: usize): void {
+  const f = f32x4.splat(scale);
+  const bytes = <usize>n << 2;
+  for (let i: usize = 0; i < bytes; i += 16) {
+    transposeTo(scaled(p0 + i, f), scaled(p1 + i, f), scaled(p2 + i, f), scaled(p3 + i, f), to);
+    transposeTo(scaled(p4 + i, f), scaled(p5 + i, f), scaled(p6 + i, f), scaled(p7 + i, f), to + 16);
+    to += 128;
+  }
+}
+@inline
+function scaled(p: usize, f: v128): v128 {
+  return f32x4.mul(v128.load(p), f);
+}
+
+/** Packs rows r to r + 7 of x; past the last row it repeats that one: nobody reads those lanes. */
 function packTile(job: Attention, x: usize, n: i32, batch: i32, kv: i32, r: i32, rows: i32, scale: f32, to: usize): void {
   const bytes = <usize>n << 2;
-  for (let lane = 0; lane < 8; lane++) {
-    let out = to + (<usize>lane << 2);
-    if (r + lane >= rows) {
-      for (let i: usize = 0; i < bytes; i += 4) {
-        store<f32>(out, 0);
-        out += 32;
-      }
-      continue;
-    }
-    const p = x + <usize>rowIndex(job, batch, kv, r + lane) * bytes;
-    for (let i: usize = 0; i < bytes; i += 4) {
-      store<f32>(out, load<f32>(p + i) * scale);
-      out += 32;
-    }
-  }
+  pack8(
+    x + <usize>rowIndex(job, batch, kv, r) * bytes,
+    x + <usize>rowIndex(job, batch, kv, min(r + 1, rows - 1)) * bytes,
+    x + <usize>rowIndex(job, batch, kv, min(r + 2, rows - 1)) * bytes,
+    x + <usize>rowIndex(job, batch, kv, min(r + 3, rows - 1)) * bytes,
+    x + <usize>rowIndex(job, batch, kv, min(r + 4, rows - 1)) * bytes,
+    x + <usize>rowIndex(job, batch, kv, min(r + 5, rows - 1)) * bytes,
+    x + <usize>rowIndex(job, batch, kv, min(r + 6, rows - 1)) * bytes,
+    x + <usize>rowIndex(job, batch, kv, min(r + 7, rows - 1)) * bytes,
+    n,
+    scale,
+    to,
+  );
+}
+
+/** Packs eight lines of scratch, `ld` bytes apart. */
+@inline
+function packScratch(x: usize, ld: usize, n: i32, scale: f32, to: usize): void {
+  const y = x + 4 * ld;
+  pack8(x, x + ld, x + 2 * ld, x + 3 * ld, y, y + ld, y + 2 * ld, y + 3 * ld, n, scale, to);
 }
 
 /** Positions of the rows of a tile, eight i32 at `to`. */
@@ -267,7 +288,7 @@ export function attention(job: Attention, from: i32, to: i32, scratch: usize): v
   const ldv = <usize>(job.kvHeads * dv) << 2;
   const ldo = padded(dv) << 2;
   const tile = scratch;
-  const s = tile + (<usize>d << 5);
+  const s = tile + (padded(d) << 5);
   const o = s + <usize>(KEYS * 32);
   const positions = o + 8 * ldo;
   for (let u = from; u < to; u++) {
@@ -296,12 +317,12 @@ export function attention(job: Attention, from: i32, to: i32, scratch: usize): v
       // A row that has seen nothing yet: subtract 0, all its terms are e^-infinity = 0.
       const shift0 = v128.andnot(n0, f32x4.eq(n0, f32x4.splat(NEGATIVE)));
       const shift1 = v128.andnot(n1, f32x4.eq(n1, f32x4.splat(NEGATIVE)));
-      const keep0 = exp4(f32x4.sub(m0, shift0)), keep1 = exp4(f32x4.sub(m1, shift1));
+      const keep0 = expTerm4(f32x4.sub(m0, shift0)), keep1 = expTerm4(f32x4.sub(m1, shift1));
       l0 = f32x4.mul(l0, keep0);
       l1 = f32x4.mul(l1, keep1);
       for (let p = s; p < stop; p += 32) {
-        const e0 = exp4(f32x4.sub(v128.load(p), shift0));
-        const e1 = exp4(f32x4.sub(v128.load(p, 16), shift1));
+        const e0 = expTerm4(f32x4.sub(v128.load(p), shift0));
+        const e1 = expTerm4(f32x4.sub(v128.load(p, 16), shift1));
         l0 = f32x4.add(l0, e0);
         l1 = f32x4.add(l1, e1);
         v128.store(p, e0);
@@ -351,7 +372,7 @@ export function attentionProbabilities(job: Attention, from: i32, to: i32, scrat
   const rows = job.sequence * group;
   const ldk = <usize>(job.kvHeads * d) << 2;
   const tile = scratch;
-  const s = tile + (<usize>d << 5);
+  const s = tile + (padded(d) << 5);
   const positions = s + <usize>(KEYS * 32);
   for (let u = from; u < to; u++) {
     const pair = u / job.tiles;
@@ -374,7 +395,7 @@ export function attentionProbabilities(job: Attention, from: i32, to: i32, scrat
         const line = <usize>((at - job.lse) >> 2) * <usize>job.total + <usize>t;
         const y = job.probabilities + (line << 2);
         for (let i: usize = 0; i < <usize>keys << 2; i += 4) {
-          store<f32>(y + i, lane0(exp4(f32x4.sub(v128.load_splat<f32>(p), f32x4.splat(lse)))));
+          store<f32>(y + i, lane0(expTerm4(f32x4.sub(v128.load_splat<f32>(p), f32x4.splat(lse)))));
           p += 32;
         }
       }
@@ -397,10 +418,9 @@ export function attentionGrad(job: Attention, from: i32, to: i32, scratch: usize
   const ldq = padded(d) << 2;
   const ldo = padded(dv) << 2;
   const ld: usize = GRAD_ROWS * 4;
-  // [tile][d][8], [tile][dv][8], [row][d], [row][dv], [key][row] twice, [8][d], and per row: position, lse, delta.
-  const tileQ = scratch;
-  const tileO = tileQ + <usize>GRAD_ROWS * ldq;
-  const linesQ = tileO + <usize>GRAD_ROWS * ldo;
+  // [channel][8], [row][d], [row][dv], [key][row] twice, [8][d], and per row: position, lse, delta.
+  const packed = scratch;
+  const linesQ = packed + 8 * max(ldq, ldo);
   const linesO = linesQ + <usize>GRAD_ROWS * ldq;
   const s = linesO + <usize>GRAD_ROWS * ldo;
   const ds = s + <usize>GRAD_KEYS * ld;
@@ -415,28 +435,31 @@ export function attentionGrad(job: Attention, from: i32, to: i32, scratch: usize
     for (let r = 0; r < rows; r++) {
       memory.fill(job.dq + ((<usize>rowIndex(job, batch, kv, r) * <usize>d) << 2), 0, <usize>d << 2);
     }
-    for (let t = 0; t < job.total; t += GRAD_KEYS) {
-      const keys = min(GRAD_KEYS, job.total - t);
-      const line = <usize>(batch * job.total + t);
-      const offsetK = line * ldk + (<usize>(kv * d) << 2);
-      const offsetV = line * ldv + (<usize>(kv * dv) << 2);
-      for (let i: usize = 0; i < <usize>keys; i++) {
-        memory.fill(job.dk + offsetK + i * ldk, 0, <usize>d << 2);
-        memory.fill(job.dv_ + offsetV + i * ldv, 0, <usize>dv << 2);
-      }
+    for (let i = 0; i < job.total; i++) {
+      const line = <usize>(batch * job.total + i);
+      memory.fill(job.dk + line * ldk + (<usize>(kv * d) << 2), 0, <usize>d << 2);
+      memory.fill(job.dv_ + line * ldv + (<usize>(kv * dv) << 2), 0, <usize>dv << 2);
+    }
+    for (let block = 0; block < job.total; block += GRAD_KEYS) {
       for (let r = 0; r < rows; r += GRAD_ROWS) {
         const count = min(GRAD_ROWS, rows - r);
         const last = r + count - 1;
-        if (t >= endKey(job, last) || t + keys <= firstKey(job, r)) continue;
+        // Only the keys of the block that some row of the group sees.
+        const t = max(block, firstKey(job, r));
+        const keys = min(min(block + GRAD_KEYS, job.total), endKey(job, last)) - t;
+        if (keys <= 0) continue;
+        const line = <usize>(batch * job.total + t);
+        const offsetK = line * ldk + (<usize>(kv * d) << 2);
+        const offsetV = line * ldv + (<usize>(kv * dv) << 2);
         const used = (count + 7) & ~7;
         packLines(job, batch, kv, r, count, used, linesQ, ldq, linesO, ldo, lse, delta);
         for (let tile = 0; tile < used; tile += 8) {
           const at = <usize>tile << 2;
-          packTile(job, job.q, d, batch, kv, r + tile, rows, job.scale, tileQ + at * ldq / 4);
-          packTile(job, job.dout, dv, batch, kv, r + tile, rows, 1, tileO + at * ldo / 4);
+          packScratch(linesQ + <usize>tile * ldq, ldq, d, job.scale, packed);
+          scores(job.k + offsetK, ldk, keys, packed, d, s + at, ld);
+          packScratch(linesO + <usize>tile * ldo, ldo, dv, 1, packed);
+          scores(job.v + offsetV, ldv, keys, packed, dv, ds + at, ld);
           packPositions(job, r + tile, positions + at);
-          scores(job.k + offsetK, ldk, keys, tileQ + at * ldq / 4, d, s + at, ld);
-          scores(job.v + offsetV, ldv, keys, tileO + at * ldo / 4, dv, ds + at, ld);
           if (!allSeen(job, r + tile, min(r + tile + 7, last), t, keys)) {
             hide(job, batch, t, keys, positions + at, s + at, ld);
           }
@@ -444,8 +467,8 @@ export function attentionGrad(job: Attention, from: i32, to: i32, scratch: usize
           const delta0 = v128.load(delta + at), delta1 = v128.load(delta + at, 16);
           let p = s + at, q = ds + at;
           for (let i = 0; i < keys; i++) {
-            const p0 = exp4(f32x4.sub(v128.load(p), lse0));
-            const p1 = exp4(f32x4.sub(v128.load(p, 16), lse1));
+            const p0 = expTerm4(f32x4.sub(v128.load(p), lse0));
+            const p1 = expTerm4(f32x4.sub(v128.load(p, 16), lse1));
             v128.store(p, p0);
             v128.store(p, p1, 16);
             v128.store(q, f32x4.mul(f32x4.mul(p0, f32x4.sub(v128.load(q), delta0)), scale));

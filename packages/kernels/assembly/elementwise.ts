@@ -5,6 +5,7 @@ import {
   BF16_KIND,
   erf4,
   exp4,
+  expTerm4,
   F16,
   F16_KIND,
   F32_KIND,
@@ -265,7 +266,7 @@ function evaluate(op: i32, x: v128, p: v128, q: v128): v128 {
   }
   if (op == GELU_GRAD) {
     const below = madd(erf4(f32x4.mul(x, f32x4.splat(0.70710678118654752))), half, half);
-    const density = f32x4.mul(exp4(f32x4.mul(f32x4.mul(x, x), f32x4.splat(-0.5))), f32x4.splat(0.3989422804014327));
+    const density = f32x4.mul(expTerm4(f32x4.mul(f32x4.mul(x, x), f32x4.splat(-0.5))), f32x4.splat(0.3989422804014327));
     return madd(x, density, below);
   }
   // The tanh approximation: t = tanh(s (x + c x^3))

@@ -159,7 +159,7 @@ function packPanel<T>(b: usize, ldb: usize, n: i32, k: i32, to: usize): void {
 
 /** Four rows of four become four columns, 32 bytes apart. */
 @inline
-function transposeTo(a: v128, b: v128, c: v128, d: v128, to: usize): void {
+export function transposeTo(a: v128, b: v128, c: v128, d: v128, to: usize): void {
   const ab = v128.shuffle<f32>(a, b, 0, 4, 1, 5);
   const cd = v128.shuffle<f32>(c, d, 0, 4, 1, 5);
   const AB = v128.shuffle<f32>(a, b, 2, 6, 3, 7);
@@ -177,18 +177,38 @@ function packBlockRows<T>(b: usize, ldb: usize, n: i32, k: i32, to: usize): void
   }
 }
 
-/** Panels [k][8] of B stored [k, n]. Lanes past n hold whatever follows. */
+/** Panels [k][8] of B stored [k, n]. Lanes past n hold whatever follows. Four panels at a time: whole cache lines of B are read. */
 function packBlockColumns<T>(b: usize, ldb: usize, n: i32, k: i32, to: usize): void {
-  for (let j = 0; j < n; j += NR) {
-    let p = b + (<usize>j) * sizeof<T>();
-    const end = to + (<usize>k) * (NR * 4);
+  const panel = <usize>k * (NR * 4);
+  let j = 0;
+  for (; j + 4 * NR <= n; j += 4 * NR) {
+    let p = b + <usize>j * sizeof<T>();
+    const end = to + panel;
     while (to < end) {
-      v128.store(to, load4<T>(p));
-      v128.store(to, load4<T>(p + 4 * sizeof<T>()), 16);
+      copy8<T>(p, to);
+      copy8<T>(p + 8 * sizeof<T>(), to + panel);
+      copy8<T>(p + 16 * sizeof<T>(), to + 2 * panel);
+      copy8<T>(p + 24 * sizeof<T>(), to + 3 * panel);
+      p += ldb;
+      to += NR * 4;
+    }
+    to += 3 * panel;
+  }
+  for (; j < n; j += NR) {
+    let p = b + <usize>j * sizeof<T>();
+    const end = to + panel;
+    while (to < end) {
+      copy8<T>(p, to);
       p += ldb;
       to += NR * 4;
     }
   }
+}
+
+@inline
+function copy8<T>(from: usize, to: usize): void {
+  v128.store(to, load4<T>(from));
+  v128.store(to, load4<T>(from + 4 * sizeof<T>()), 16);
 }
 
 // ---------------------------------------------------------------- the register tile

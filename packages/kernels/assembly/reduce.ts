@@ -1,6 +1,6 @@
 // Sums, maxima and running sums. Long sums are cut into fixed blocks whose sums are added in a second pass: exact enough, and the same
 // whatever the number of threads.
-import { exp4, lane0, log1, maxLanes, sumLanes, zero } from "./simd";
+import { expTerm4, lane0, log1, maxLanes, sumLanes, zero } from "./simd";
 
 @unmanaged
 class RowSums {
@@ -111,9 +111,9 @@ export function rowExpSum(x: usize, n: i32, shift: f32): f32 {
   const s = f32x4.splat(shift);
   let sum = zero();
   const end = x + (<usize>n << 2);
-  for (; x + 16 <= end; x += 16) sum = f32x4.add(sum, exp4(f32x4.sub(v128.load(x), s)));
+  for (; x + 16 <= end; x += 16) sum = f32x4.add(sum, expTerm4(f32x4.sub(v128.load(x), s)));
   let total = sumLanes(sum);
-  for (; x < end; x += 4) total += lane0(exp4(f32x4.sub(v128.load_splat<f32>(x), s)));
+  for (; x < end; x += 4) total += lane0(expTerm4(f32x4.sub(v128.load_splat<f32>(x), s)));
   return total;
 }
 

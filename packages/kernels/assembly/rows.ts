@@ -1,6 +1,6 @@
 // Kernels that take whole rows: softmax and its relatives, norms, cross entropy, rotary positions, routing. Rows stay in the first cache
 // between the passes over them.
-import { exp4, lane0, madd, sumLanes, zero } from "./simd";
+import { expTerm4, lane0, madd, sumLanes, zero } from "./simd";
 import { rowExpSum, rowLogSumExp, rowMax } from "./reduce";
 import { selectTop } from "./sort";
 
@@ -18,8 +18,8 @@ function expRow(x: usize, y: usize, bytes: usize, shift: f32, scale: f32): void 
   const s = f32x4.splat(shift);
   const f = f32x4.splat(scale);
   let i: usize = 0;
-  for (; i + 16 <= bytes; i += 16) v128.store(y + i, f32x4.mul(exp4(f32x4.sub(v128.load(x + i), s)), f));
-  for (; i < bytes; i += 4) store<f32>(y + i, lane0(exp4(f32x4.sub(v128.load_splat<f32>(x + i), s))) * scale);
+  for (; i + 16 <= bytes; i += 16) v128.store(y + i, f32x4.mul(expTerm4(f32x4.sub(v128.load(x + i), s)), f));
+  for (; i < bytes; i += 4) store<f32>(y + i, lane0(expTerm4(f32x4.sub(v128.load_splat<f32>(x + i), s))) * scale);
 }
 
 /** Sum of x over a row, and of x * y. */
@@ -105,10 +105,10 @@ export function logSoftmaxGrad(job: Softmax, from: i32, to: i32, scratch: usize)
     const s = f32x4.splat(rowSum(dy, bytes));
     let i: usize = 0;
     for (; i + 16 <= bytes; i += 16) {
-      v128.store(dx + i, f32x4.sub(v128.load(dy + i), f32x4.mul(exp4(v128.load(y + i)), s)));
+      v128.store(dx + i, f32x4.sub(v128.load(dy + i), f32x4.mul(expTerm4(v128.load(y + i)), s)));
     }
     for (; i < bytes; i += 4) {
-      store<f32>(dx + i, load<f32>(dy + i) - lane0(f32x4.mul(exp4(v128.load_splat<f32>(y + i)), s)));
+      store<f32>(dx + i, load<f32>(dy + i) - lane0(f32x4.mul(expTerm4(v128.load_splat<f32>(y + i)), s)));
     }
   }
 }

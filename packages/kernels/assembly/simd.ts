@@ -109,14 +109,11 @@ export function sumLanes4(a: v128, b: v128, c: v128, d: v128): v128 {
 
 const INFINITY_F: f32 = f32.POSITIVE_INFINITY;
 
-/** e^x, about 1 ulp; 0 below -104, infinity above 88.73, NaN stays NaN (pmin and pmax keep their first argument then). */
+// The parts of e^x = 2^n e^r with |r| <= ln 2 / 2.
+const MAGIC: f32 = 12582912; // 1.5 * 2^23: adding it rounds to the nearest integer and leaves that in the low bits
+
 @inline
-export function exp4(x: v128): v128 {
-  x = f32x4.pmax(f32x4.pmin(x, f32x4.splat(89)), f32x4.splat(-104));
-  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
-  const magic = f32x4.splat(12582912);
-  const shifted = f32x4.add(f32x4.mul(x, f32x4.splat(1.44269504088896341)), magic);
-  const n = f32x4.sub(shifted, magic);
+function expPolynomial(x: v128, n: v128): v128 {
   // The high part of ln 2 has few bits: n * high is exact also without a fused operation.
   let r = madd(n, f32x4.splat(-0.693359375), x);
   r = madd(n, f32x4.splat(2.12194440e-4), r);
@@ -126,13 +123,30 @@ export function exp4(x: v128): v128 {
   p = madd(p, r, f32x4.splat(4.1665795894e-2));
   p = madd(p, r, f32x4.splat(1.6666665459e-1));
   p = madd(p, r, f32x4.splat(5.0000001201e-1));
-  p = f32x4.add(madd(f32x4.mul(r, r), p, r), f32x4.splat(1));
+  return f32x4.add(madd(f32x4.mul(r, r), p, r), f32x4.splat(1));
+}
+
+/** e^x, about 1 ulp; 0 below -104, infinity above 88.73, NaN stays NaN (pmin and pmax keep their first argument then). */
+@inline
+export function exp4(x: v128): v128 {
+  x = f32x4.pmax(f32x4.pmin(x, f32x4.splat(89)), f32x4.splat(-104));
+  const shifted = f32x4.add(f32x4.mul(x, f32x4.splat(1.44269504088896341)), f32x4.splat(MAGIC));
+  let p = expPolynomial(x, f32x4.sub(shifted, f32x4.splat(MAGIC)));
   // 2^n in two factors: subnormal results and 2^128 need it.
-  const i = i32x4.sub(shifted, magic);
+  const i = i32x4.sub(shifted, f32x4.splat(MAGIC));
   const half = i32x4.shr_s(i, 1);
   const one = i32x4.splat(0x3f800000);
   p = f32x4.mul(p, i32x4.add(i32x4.shl(half, 23), one));
   return f32x4.mul(p, i32x4.add(i32x4.shl(i32x4.sub(i, half), 23), one));
+}
+
+/** The same with 2^n in one factor: 0 below -87.7 (no subnormal results), infinity above 88.37. For terms of sums, and 1 + e^x. */
+@inline
+export function expTerm4(x: v128): v128 {
+  x = f32x4.pmax(f32x4.pmin(x, f32x4.splat(88.7)), f32x4.splat(-88));
+  const shifted = f32x4.add(f32x4.mul(x, f32x4.splat(1.44269504088896341)), f32x4.splat(MAGIC));
+  const p = expPolynomial(x, f32x4.sub(shifted, f32x4.splat(MAGIC)));
+  return f32x4.mul(p, i32x4.shl(i32x4.sub(shifted, f32x4.splat(MAGIC - 127)), 23));
 }
 
 /** ln x, about 1 ulp; -infinity at 0, NaN below. */
@@ -179,7 +193,7 @@ export function tanh4(x: v128): v128 {
   p = madd(p, z, f32x4.splat(-3.33332819422e-1));
   const small = madd(f32x4.mul(p, z), x, x);
   const one = f32x4.splat(1);
-  const e = exp4(f32x4.add(a, a));
+  const e = expTerm4(f32x4.add(a, a));
   const large = f32x4.sub(one, f32x4.div(f32x4.splat(2), f32x4.add(e, one)));
   const sign = v128.and(x, i32x4.splat(0x80000000));
   return v128.bitselect(small, v128.or(large, sign), f32x4.lt(a, f32x4.splat(0.625)));
@@ -206,7 +220,7 @@ export function erf4(x: v128): v128 {
   r = madd(r, t, f32x4.splat(-6.34846687e-1));
   r = madd(r, t, f32x4.splat(-1.28717512e-1));
   r = madd(r, t, f32x4.neg(t));
-  const large = v128.or(f32x4.sub(f32x4.splat(1), exp4(r)), v128.and(x, i32x4.splat(0x80000000)));
+  const large = v128.or(f32x4.sub(f32x4.splat(1), expTerm4(r)), v128.and(x, i32x4.splat(0x80000000)));
   return v128.bitselect(large, small, f32x4.gt(t, f32x4.splat(0.927734375)));
 }
 
@@ -214,18 +228,12 @@ export function erf4(x: v128): v128 {
 @inline
 export function sigmoid4(x: v128): v128 {
   const one = f32x4.splat(1);
-  return f32x4.div(one, f32x4.add(one, exp4(f32x4.neg(x))));
+  return f32x4.div(one, f32x4.add(one, expTerm4(f32x4.neg(x))));
 }
 
 @inline
 export function silu4(x: v128): v128 {
-  return f32x4.div(x, f32x4.add(f32x4.splat(1), exp4(f32x4.neg(x))));
-}
-
-// Scalar forms, for single elements between vector code.
-@inline
-export function exp1(x: f32): f32 {
-  return lane0(exp4(f32x4.splat(x)));
+  return f32x4.div(x, f32x4.add(f32x4.splat(1), expTerm4(f32x4.neg(x))));
 }
 
 @inline

@@ -1,6 +1,8 @@
-// Expert Choice (2202.09368): every expert takes its best tokens, so loads are equal by construction and no balance loss is needed.
-//   S = softmax(x Wᵀ) over the experts, [tokens, experts]; each expert takes the n = floor(tokens c / experts) tokens of largest S   section 3.2
-//   y = Σ over the experts that took the token of S E(x); a token may be taken by none, or by all
+// Expert Choice (2202.09368, section 3.2): every expert takes its best tokens, so loads are equal by construction and no
+// balance loss is needed.
+//   S = softmax(x Wᵀ) over the experts, [tokens, experts]
+//   each expert takes the n = floor(tokens c / experts) tokens of largest S in its column
+//   y = Σ S E(x) over the experts that took the token: none, some or all
 // A token's fate depends on the others of the batch, later ones included: not causal.
 import {
   capacityOf,
@@ -24,13 +26,16 @@ import { checkNotNegative, leaf, maskOf, normalWeight, type RouterCard } from ".
 export interface ExpertChoiceOptions {
   /** Experts per token on average; default 2. */
   readonly capacityFactor?: number;
-  /** Routes single new tokens against each other when decoding with a cache, which is not how it was trained; default false. */
+  /**
+   * Routes single new tokens against each other when decoding with a cache, which is not how it was trained; default
+   * false.
+   */
   readonly decoding?: boolean;
 }
 
 /**
- * Each expert takes its floor(tokens * capacityFactor / experts) best tokens of the batch. Params: `weight [experts, width]`. `route` throws
- * UnsupportedError while decoding with a cache, unless `decoding` is true.
+ * Each expert takes its floor(tokens * capacityFactor / experts) best tokens of the batch. Params: `weight [experts,
+ * width]`. `route` throws UnsupportedError while decoding with a cache, unless `decoding` is true.
  *
  * @example expertChoice({ capacityFactor: 2 })
  */
@@ -43,7 +48,8 @@ export function expertChoice({ capacityFactor = 2, decoding = false }: ExpertCho
     const { past } = input.layout;
     if (past > 0 && !decoding) {
       throw new UnsupportedError(
-        `expertChoice: asked to route ${tokens} new tokens after ${past} cached ones, but experts choose among all tokens of a sequence; ` +
+        `expertChoice: asked to route ${tokens} new tokens after ${past} cached ones, but experts choose among all ` +
+          "tokens of a sequence; " +
           "decode without a cache, or pass decoding: true to let them choose among the new ones only",
       );
     }
@@ -93,7 +99,7 @@ export const card: RouterCard = {
   cost: "one product experts x width, a top-n over the tokens for each expert",
   claim: "converges more than twice as fast as Switch and GShard top-2 at equal compute, with perfectly even loads",
   ourChoices: [
-    "experts choose among all tokens of the batch, as in the paper; the number of places follows from all tokens, padding included",
+    "experts choose among all tokens of the batch, as in the paper; their number of places counts padding too",
     "refused while decoding with a cache unless asked for",
     "initial weights N(0, 0.02²)",
   ],

@@ -1,4 +1,5 @@
-// What several routers share: initial weights, checks of options, the usual losses, and the record a router's README row is made of.
+// What several routers share: initial weights, checks of options, the usual losses, and the record a router's README
+// row is made of.
 // Private: only the type of the card leaves the package.
 import {
   isTensor,
@@ -48,8 +49,8 @@ export function normalWeight({ engine, experts, width, random }: RouterContext, 
 }
 
 /**
- * `weight [experts, width]`, normal with variance scale / width and cut at two standard deviations: what falls outside is drawn again
- * (Switch Transformer 2101.03961, section 2.4, with scale 0.1).
+ * `weight [experts, width]`, normal with variance scale / width and cut at two standard deviations: what falls outside
+ * is drawn again (Switch Transformer 2101.03961, section 2.4, with scale 0.1).
  */
 export function truncatedWeight({ engine, experts, width, random }: RouterContext, scale: number): Tensor {
   const draws = random.at("weight").host("normal", experts * width);
@@ -106,7 +107,10 @@ export interface UsualLosses {
   readonly zLoss: number;
   readonly normalizeByK?: boolean;
 }
-/** Balance loss in the Switch form and z-loss, each only in training and where its weight is not 0; padding enters neither. */
+/**
+ * Balance loss in the Switch form and z-loss, each only in training and where its weight is not 0; padding enters
+ * neither.
+ */
 export function usualLosses(input: RouterInput, options: UsualLosses): Readonly<Record<string, Loss>> {
   if (!input.training) return {};
   const { logits, probabilities, experts, normalizeByK = false } = options;

@@ -1,7 +1,7 @@
 // ReMoE (2412.14711): a ReLU in place of top-k. Differentiable throughout; how many experts a token gets is learned.
-//   g = relu(x Wᵀ), y = Σ_e g_e E_e(x)                         section 3.1: no top-k, no normalisation
-//   lambda ← lambda alpha while S < 1 - k/E, else lambda / alpha  section 3.3, after each step; S = share of idle (token, expert) pairs
-//   loss = lambda Σ_e f_e mean_t(g_te), f_e = E count_e / (k T)   section 3.4: L1 that is heavier on experts in use
+//   g = relu(x Wᵀ), y = Σ_e g_e E_e(x)                             section 3.1: no top-k, no normalisation
+//   lambda ← lambda alpha while S < 1 - k/E, else lambda / alpha   section 3.3, after each step; S = share of idle pairs
+//   loss = lambda Σ_e f_e mean_t(g_te), f_e = E count_e / (k T)    section 3.4: L1, heavier on experts in use
 // The update compares with `<`, as the authors' code does; a sign() as in the text would keep lambda when both are equal.
 import {
   div,
@@ -38,9 +38,10 @@ export interface ReMoEOptions {
 }
 
 /**
- * Each token takes the experts whose gate is positive, from none to all. Params: `weight [experts, width]`. Buffers: `lambda` [], alike in
- * all layers because it follows from the mean over them. Training starts almost dense (about half of the experts) and thins out over the
- * first hundreds of steps, so memory peaks early. `probabilities` are the gates divided by their sum, for metrics only.
+ * Each token takes the experts whose gate is positive, from none to all. Params: `weight [experts, width]`. Buffers:
+ * `lambda` [], alike in all layers because it follows from the mean over them. Training starts almost dense (about half
+ * of the experts) and thins out over the first hundreds of steps, so memory peaks early. `probabilities` are the gates
+ * divided by their sum, for metrics only.
  * `init` throws ShapeError when k is not in 1..experts.
  *
  * @example reMoE({ k: 2 })

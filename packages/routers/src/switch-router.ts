@@ -1,8 +1,8 @@
 // Switch Transformer (2101.03961): one expert per token, with a limit on the tokens of each expert.
-//   p = softmax(x Wᵀ)                          eq. 1; in training x is first multiplied elementwise by U(1 - jitter, 1 + jitter)
-//   y = p_i E_i(x), i = argmax p               eq. 2
-//   capacity = ceil(factor * tokens / experts) eq. 3; first come, first served in token order, the rest passes by the layer
-//   loss = alpha * E Σ f_i P_i                 eqs. 4-6; f counts before dropping
+//   p = softmax(x Wᵀ)                 eq. 1; in training x is first multiplied elementwise by U(1 - jitter, 1 + jitter)
+//   y = p_i E_i(x), i = argmax p      eq. 2
+//   capacity = ceil(factor tokens / experts)   eq. 3; first come, first served in token order, the rest passes by
+//   loss = alpha E Σ f_i P_i          eqs. 4-6; f counts before dropping
 import {
   affine,
   applyCapacity,
@@ -111,7 +111,7 @@ export const card: RouterCard = {
   claim: "the quality of T5-Base up to seven times sooner at equal compute per token",
   ourChoices: [
     "evaluation drops nothing unless asked; the paper evaluates with a capacity factor of 2",
-    "the capacity follows from all tokens of the batch, padding included, so that it is known without reading the mask; padding takes no place",
+    "the capacity follows from all tokens of the batch, padding included, so that no mask is read; padding takes no place",
     "token order is row after row of the batch: with a capacity, earlier rows are served first",
     "the router computes in the precision of the layer, f32",
   ],

@@ -1,11 +1,11 @@
-// Top-k token choice, the router of most released models: Mixtral (2401.04088), OLMoE (2409.02060), DeepSeek-V2 (2405.04434), gpt-oss.
-// Logits l = x Wᵀ + b. The k experts of a token are those with the largest l; their weights, in one of four orders:
-//   softmax-topk-renormalise  p = softmax(l) over all experts, w = p_chosen / sum(p_chosen)   Mixtral, Qwen3
-//   softmax-topk              w = p_chosen                                                    OLMoE, DeepSeek-V2, Qwen1.5-MoE
-//   topk-softmax              w = softmax(l_chosen)                                           gpt-oss; equals the first without b
-//   sigmoid                   s = sigmoid(l), w = s_chosen / sum(s_chosen)
+// Top-k token choice, the router of most released models: Mixtral (2401.04088), OLMoE (2409.02060), DeepSeek-V2
+// (2405.04434), gpt-oss. Logits l = x Wᵀ + b; a token's experts are the k largest l, their weights come in four orders:
+//   softmax-topk-renormalise   p = softmax(l) over all experts, w = p_chosen / sum(p_chosen)   Mixtral, Qwen3
+//   softmax-topk               w = p_chosen                    OLMoE, DeepSeek-V2, Qwen1.5-MoE
+//   topk-softmax               w = softmax(l_chosen)           gpt-oss; in numbers the same as the first
+//   sigmoid                    s = sigmoid(l), w = s_chosen / sum(s_chosen)
 // topP (2403.07652, section 2): of the sorted p, the shortest prefix whose sum reaches topP; a variable number of experts.
-// Not renormalising with k = 1 is what lets the gate learn: a renormalised single weight is always 1.
+// With k = 1 only softmax-topk lets the gate learn: a single weight divided by itself is always 1.
 import {
   cumsum,
   div,
@@ -50,8 +50,9 @@ export interface TopKOptions {
 }
 
 /**
- * Each token takes its k best experts. Params: `weight [experts, width]`, with `bias` also `bias [experts]`. The balance loss is one per
- * layer; for Hugging Face's form over all layers at once set `balance: 0` and use core's `mixtralBalance` in a training hook.
+ * Each token takes its k best experts. Params: `weight [experts, width]`, with `bias` also `bias [experts]`. The
+ * balance loss is one per layer; for Hugging Face's form over all layers at once set `balance: 0` and use core's
+ * `mixtralBalance` in a training hook.
  * `init` throws ShapeError when k is not in 1..experts.
  *
  * @example topK({ k: 2 })

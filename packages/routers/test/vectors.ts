@@ -1,5 +1,5 @@
-// Runs the vectors of a router family through the router itself. A family is a function from one case to everything it expects, by name;
-// `meet` compares. Plain functions, so that other runners can call them.
+// Runs the vectors of a router family through the router itself. A family is a function from one case to everything it
+// expects, by name; `meet` compares. Plain functions, so that other runners can call them.
 import { readFileSync } from "node:fs";
 import { autodiff, type Engine, engine, grad, type Random, type Routed, type Tensor, watch } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";

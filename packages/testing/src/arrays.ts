@@ -66,8 +66,8 @@ export const coordinates = (flat: number, shape: readonly number[]): number[] =>
 };
 
 /**
- * Throws an Error that names the worst entry where `found` leaves the tolerance. Integers must be equal; NaN equals NaN and
- * an infinity equals itself only.
+ * Throws an Error that names the worst entry where `found` leaves the tolerance. Integers must be equal; NaN equals NaN
+ * and an infinity equals itself only.
  */
 export function assertClose(what: string, found: HostArray, expected: HostArray, tolerance: Tolerance): void {
   if (found.shape.length !== expected.shape.length || found.shape.some((n, i) => n !== expected.shape[i]))

@@ -1,4 +1,5 @@
-// The backend suite as data: everything testBackend runs, for authors who want to run one case, or run them without vitest.
+// The backend suite as data: everything testBackend runs, for authors who want to run one case, or run them without
+// vitest.
 import type { Backend, Kernel, PrimitiveName } from "@switchyard/core";
 import type { BackendCase } from "./cases/case.ts";
 import { engineCases } from "./cases/engine.ts";
@@ -6,8 +7,8 @@ import { fusedCases } from "./cases/fused.ts";
 import { primitiveCases } from "./cases/primitives.ts";
 
 /**
- * Every case of the backend suite, in order. Each has a stable name ("matmul/transposeB 5x7x3") and a `run(engine)` that
- * rejects with the reason when the backend is wrong.
+ * Every case of the backend suite, in order. Each has a stable name ("matmul/transposeB 5x7x3") and a `run(engine)`
+ * that rejects with the reason when the backend is wrong.
  *
  * @example
  * const one = backendCases().find(({ name }) => name === "matmul/plain 5x7x3");
@@ -49,8 +50,8 @@ const names: { readonly [P in PrimitiveName]: true } = {
 export const primitiveNames: readonly PrimitiveName[] = Object.keys(names) as PrimitiveName[];
 
 /**
- * The same backend without its fused kernels: core's fallbacks run in their place. Testing both tells a wrong kernel from a
- * wrong primitive.
+ * The same backend without its fused kernels: core's fallbacks run in their place. Testing both tells a wrong kernel
+ * from a wrong primitive.
  */
 export function primitivesOnly<H>(backend: Backend<H>): Backend<H> {
   const kernels = Object.fromEntries(primitiveNames.map((name) => [name, backend.kernels[name]])) as {

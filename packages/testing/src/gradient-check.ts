@@ -31,8 +31,9 @@ export interface GradientReport {
 }
 
 /**
- * Compares the gradients of `f` by autodiff with central differences, entry by entry. Results of any shape are summed with fixed
- * random coefficients, so that every entry counts; several results may be returned. `f` must give the same value for the same inputs.
+ * Compares the gradients of `f` by autodiff with central differences, entry by entry. Results of any shape are summed
+ * with fixed random coefficients, so that every entry counts; several results may be returned. `f` must give the same
+ * value for the same inputs.
  *
  * @throws Error with the worst entry (input, index, both values) when one leaves the tolerance, or when handles leak.
  * @example

@@ -1,4 +1,5 @@
-// Naive loops in float64 for every primitive and fused op, written from the equations and apart from any backend's code.
+// Naive loops in float64 for every primitive and fused op, written from the equations and apart from any backend's
+// code.
 // They are slow on purpose: one output entry at a time, index arithmetic spelled out.
 import { type HostArray, sizeOf } from "./arrays.ts";
 
@@ -443,7 +444,9 @@ export interface AttentionOptions {
   readonly scale: number;
   readonly window?: number;
 }
-/** q [b, s, h, d], k and v [b, t, g, d] (g divides h), mask [b, t] -> out, lse [b, h, s], probabilities [b, h, s, t]. */
+/**
+ * q [b, s, h, d], k and v [b, t, g, d] (g divides h), mask [b, t] -> out, lse [b, h, s], probabilities [b, h, s, t].
+ */
 export function attention(
   q: HostArray,
   k: HostArray,
@@ -531,7 +534,9 @@ export function softmaxTopk(logits: HostArray, k: number, how: TopkOrder): [Host
   return [weights, ids, probabilities];
 }
 
-/** rows, slots [bound] and ends [count]: slots listed expert by expert, in flat order inside each; -1 after the last. */
+/**
+ * rows, slots [bound] and ends [count]: slots listed expert by expert, in flat order inside each; -1 after the last.
+ */
 export function dispatch(ids: HostArray, count: number, bound: number): [HostArray, HostArray, HostArray] {
   const k = dim(ids, 1);
   const slots: number[] = [];
@@ -618,7 +623,10 @@ export function combineRowsGrad(
   ];
 }
 
-/** SwiGLU experts: y[t] = sum over j of weights[t, j] * down_e · swiglu(gateUp_e · x[t]), e = ids[t, j]; other ids add nothing. */
+/**
+ * SwiGLU experts: y[t] = sum over j of weights[t, j] * down_e · swiglu(gateUp_e · x[t]), e = ids[t, j]; other ids add
+ * nothing.
+ */
 export function moeExperts(
   hidden: HostArray,
   gateUp: HostArray,

@@ -1,4 +1,5 @@
-// What a router decided, read to the host and looked at: by name, as a matrix of weights, for being well formed, for being the same.
+// What a router decided, read to the host and looked at: by name, as a matrix of weights, for being well formed, for
+// being the same.
 import { alias, leaves, type Plan, type Routed, type Tensor, type Tree } from "@switchyard/core";
 import { assertClose, coordinates, type HostArray } from "./arrays.ts";
 import { download } from "./cases/case.ts";
@@ -59,7 +60,8 @@ export function collect(routed: Routed): Map<string, Tensor> {
 }
 
 /**
- * References to the tensors of a decision that outlive the scope. A decision may hold what others own, such as a buffer shown as a metric:
+ * References to the tensors of a decision that outlive the scope. A decision may hold what others own, such as a buffer
+ * shown as a metric:
  * freeing a reference leaves that alone.
  */
 export const answerOf = (routed: Routed): ReadonlyMap<string, Tensor> =>
@@ -96,7 +98,8 @@ export function kindOf(answer: Answer): Plan["kind"] {
 }
 
 /**
- * The plan as a matrix of weights, [tokens, experts] (slots: dispatch and combine, merge: the coefficients of each token).
+ * The plan as a matrix of weights, [tokens, experts] (slots: dispatch and combine, merge: the coefficients of each
+ * token).
  * `hits`: 1 where a token meets an expert, whatever the weight; null experts count for nobody.
  */
 export function assignments(answer: Answer, tokens: number, experts: number, hits = false): HostArray {
@@ -163,7 +166,8 @@ export function assignments(answer: Answer, tokens: number, experts: number, hit
 }
 
 /**
- * Throws unless shapes fit, numbers are finite, ids are in range and none is used twice, empty slots weigh nothing, losses are one number.
+ * Throws unless shapes fit, numbers are finite, ids are in range and none is used twice, empty slots weigh nothing,
+ * losses are one number.
  */
 export function checkForm(
   answer: Answer,

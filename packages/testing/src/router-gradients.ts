@@ -1,4 +1,5 @@
-// The gradients of a router: of its weights and losses, with respect to its parameters and to the hidden states, against central differences.
+// The gradients of a router: of its weights and losses, with respect to its parameters and to the hidden states,
+// against central differences.
 import {
   add,
   autodiff,
@@ -33,7 +34,8 @@ function objective(routed: Routed, engine: Engine): Tensor {
 }
 
 /**
- * Throws with the first entry where autodiff and differences disagree in training, or when no gradient reaches any parameter.
+ * Throws with the first entry where autodiff and differences disagree in training, or when no gradient reaches any
+ * parameter.
  * `inputOf` makes the input around hidden states; it is called inside a scope.
  */
 export async function checkGradients(
@@ -76,7 +78,8 @@ export async function checkGradients(
       const slope = slopes.data[i] ?? Number.NaN;
       if (!(Math.abs(slope - numeric) <= 1e-6 + 1e-5 * Math.abs(numeric)))
         throw new Error(
-          `${name.slice(1)} [${coordinates(i, x.shape).join(", ")}]: autodiff gives ${slope}, central differences give ${numeric}`,
+          `${name.slice(1)} [${coordinates(i, x.shape).join(", ")}]: autodiff gives ${slope}, ` +
+            `central differences give ${numeric}`,
         );
     }
   };

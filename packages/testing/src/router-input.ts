@@ -48,8 +48,9 @@ export interface RouterCall {
 }
 
 /**
- * An input for `router.route`. Token and modality ids, attention (uniform over what a token sees) and the outputs of every expert are made
- * up; they are the same for a token whether it comes alone or in its sequence. Call it inside a scope, which frees its tensors.
+ * An input for `router.route`. Token and modality ids, attention (uniform over what a token sees) and the outputs of
+ * every expert are made up; they are the same for a token whether it comes alone or in its sequence. Call it inside a
+ * scope, which frees its tensors.
  *
  * @example engine.scope(() => router.route(router.params, routerInput(engine, { hidden })))
  */

@@ -1,4 +1,5 @@
-// Skips of the shared suites: each names its cases and a reason; both are printed, and a name that no case has is an error.
+// Skips of the shared suites: each names its cases and a reason; both are printed, and a name that no case has is an
+// error.
 
 /** Cases that are left out, and why. */
 export interface Skip {

@@ -15,9 +15,9 @@ export interface BackendSuite<H> {
 }
 
 /**
- * Defines a describe block that holds a backend to what core expects of it: each primitive and fused op against naive loops
- * in float64, gradients against central differences, awkward sizes, ties, NaN and infinities, transfers, storage that is given
- * away, live handles after every case, a Mixture-of-Experts layer and training steps.
+ * Defines a describe block that holds a backend to what core expects of it: each primitive and fused op against naive
+ * loops in float64, gradients against central differences, awkward sizes, ties, NaN and infinities, transfers, storage
+ * that is given away, live handles after every case, a Mixture-of-Experts layer and training steps.
  *
  * @example
  * testBackend({ name: "cpu", backend: () => cpu() });

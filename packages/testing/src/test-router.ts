@@ -4,10 +4,11 @@ import { type RouterSuite, routerCases } from "./router-cases.ts";
 import { readSkips, type Skip } from "./skip.ts";
 
 /**
- * Defines a describe block that holds a router to what the layer around it expects: ids in range, finite weights that obey the
- * documented rule, one answer per seed, symmetry under permutation of the experts, padding that changes nothing, no look ahead where
- * the plugin says so, decoding that equals the whole sequence, gradients that agree with central differences, buffers that survive a
- * step, no tokens, one expert, k = all experts, no handle left alive. Cases that do not concern a router are skipped with the reason.
+ * Defines a describe block that holds a router to what the layer around it expects: ids in range, finite weights that
+ * obey the documented rule, one answer per seed, symmetry under permutation of the experts, padding that changes
+ * nothing, no look ahead where the plugin says so, decoding that equals the whole sequence, gradients that agree with
+ * central differences, buffers that survive a step, no tokens, one expert, k = all experts, no handle left alive. Cases
+ * that do not concern a router are skipped with the reason.
  *
  * @example
  * testRouter({ plugin: ({ k = 2 }) => topK({ k }), weights: "sum to 1" });

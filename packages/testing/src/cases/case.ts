@@ -1,5 +1,5 @@
-// What a case of the backend suite is, and the two ways most of them are made: values against an oracle, gradients against
-// central differences of the same oracle. No vitest here: a case throws when it fails.
+// What a case of the backend suite is, and the two ways most of them are made: values against an oracle, gradients
+// against central differences of the same oracle. No vitest here: a case throws when it fails.
 import { add, autodiff, type Engine, grad, mul, sum, type Tensor } from "@switchyard/core";
 import { assertClose, generator, type HostArray, type Tolerance, uniform } from "../arrays.ts";
 

@@ -1,4 +1,5 @@
-// A backend as a whole: transfers, handles, storage that is given away, memory, a Mixture-of-Experts layer and a training step.
+// A backend as a whole: transfers, handles, storage that is given away, memory, a Mixture-of-Experts layer and a
+// training step.
 // What has no closed form is compared with the float64 reference backend.
 import {
   type AdamwAttrs,

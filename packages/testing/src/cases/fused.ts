@@ -1,5 +1,5 @@
-// Fused ops against naive loops. A case runs whether the backend has a kernel of that name or core's fallback serves the
-// op, so the same cases check both.
+// Fused ops against naive loops. A case runs whether the backend has a kernel of that name or core's fallback serves
+// the op, so the same cases check both.
 import {
   affine,
   attention,
@@ -93,15 +93,33 @@ function spreads(): BackendCase[] {
   const to: readonly (readonly [readonly number[], readonly number[]])[] = [
     [[], [3]],
     [[5], [3, 5]],
-    [[3, 1], [3, 5]],
-    [[2, 1, 4], [2, 3, 4]],
+    [
+      [3, 1],
+      [3, 5],
+    ],
+    [
+      [2, 1, 4],
+      [2, 3, 4],
+    ],
     [[1], [0]],
   ];
   const padded: readonly (readonly [readonly number[], readonly number[], readonly number[]])[] = [
     [[3], [1], [2]],
-    [[2, 3], [0, 2], [1, 0]],
-    [[2, 3, 2], [1, 0, 0], [0, 0, 3]],
-    [[0, 2], [2, 0], [1, 1]],
+    [
+      [2, 3],
+      [0, 2],
+      [1, 0],
+    ],
+    [
+      [2, 3, 2],
+      [1, 0, 0],
+      [0, 0, 3],
+    ],
+    [
+      [0, 2],
+      [2, 0],
+      [1, 1],
+    ],
   ];
   return [
     ...to.flatMap(([from, shape]) =>
@@ -175,6 +193,7 @@ function linears(): BackendCase[] {
     [[2, 3, 5], 4],
     [[7], 3],
     [[33, 35], 37],
+    [[65, 300], 34],
     [[0, 4], 3],
     [[3, 0], 2],
     [[1, 1], 1],
@@ -346,6 +365,7 @@ function attentions(): BackendCase[] {
     { label: "one token", sizes: [1, 1, 1, 1, 1, 1], causal: true },
     { label: "no batch", sizes: [0, 2, 2, 1, 1, 2], causal: true },
     { label: "longer than a tile", sizes: [1, 37, 37, 2, 1, 5], causal: true, values: true },
+    { label: "longer than two tiles", sizes: [1, 70, 133, 2, 1, 8], causal: true, values: true },
     { label: "longer than a tile, window 9", sizes: [1, 37, 41, 2, 2, 8], causal: true, window: 9, values: true },
   ];
   return table.flatMap(({ label, sizes: [b, s, total, heads, groups, d], causal, window, mask, values }) => {
@@ -558,12 +578,37 @@ function grouped(): BackendCase[] {
       ];
     }),
   );
+  const wide = generator("grouped wide");
+  const [rows, left, w, closed] = [
+    uniform(wide, [150, 40]),
+    uniform(wide, [150, 37]),
+    uniform(wide, [4, 37, 40]),
+    ints([4], [100, 100, 131, 140]),
+  ];
   const next = generator("grouped NaN");
   const poisoned = uniform(next, [6, 5]);
   poisoned.data.fill(nan, 4 * 5);
   const ends = ints([2], [1, 4]);
   return [
     ...cases,
+    ...compare("groupedMatmul/several tiles 150x40 to 37", {
+      inputs: [rows, w, closed],
+      run: (xs) => groupedMatmul(t(xs, 0), t(xs, 1), t(xs, 2)),
+      expect: (xs) => oracle.groupedMatmul(h(xs, 0), h(xs, 1), h(xs, 2)),
+      slack: 2,
+    }),
+    ...compare("groupedMatmul/several tiles transposed 150x37 to 40", {
+      inputs: [left, w, closed],
+      run: (xs) => groupedMatmul(t(xs, 0), t(xs, 1), t(xs, 2), { transposed: true }),
+      expect: (xs) => oracle.groupedMatmul(h(xs, 0), h(xs, 1), h(xs, 2), true),
+      slack: 2,
+    }),
+    ...compare("groupedOuter/several tiles 150x37 150x40", {
+      inputs: [left, rows, closed],
+      run: (xs) => groupedOuter(t(xs, 0), t(xs, 1), t(xs, 2)),
+      expect: (xs) => oracle.groupedOuter(h(xs, 0), h(xs, 1), h(xs, 2)),
+      slack: 3,
+    }),
     ...compare("groupedMatmul/NaN beyond the ends is not read 6x5 to 3", {
       inputs: [poisoned, uniform(next, [2, 3, 5]), ends],
       run: (xs) => groupedMatmul(t(xs, 0), t(xs, 1), t(xs, 2)),

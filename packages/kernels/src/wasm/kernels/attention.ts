@@ -22,9 +22,9 @@ function sizes([q, k, v]: readonly Spec[]): Readonly<Record<"batch" | "sequence"
 }
 
 /** The scratch of a thread must hold the packed rows; heads wider than about 400 do not fit. */
-const forwardBytes = (d: number, dv: number): number => 32 * d + 512 * 32 + 32 * padded(dv) + 64;
+const forwardBytes = (d: number, dv: number): number => 32 * padded(d) + 512 * 32 + 32 * padded(dv) + 64;
 const backwardBytes = (d: number, dv: number): number =>
-  32 * 4 * 2 * (padded(d) + padded(dv)) + 2 * 128 * 128 + 32 * padded(d) + 3 * 128;
+  32 * Math.max(padded(d), padded(dv)) + 128 * (padded(d) + padded(dv)) + 2 * 128 * 128 + 32 * padded(d) + 3 * 128;
 
 export function attentionKernels(device: Device): Readonly<Record<string, Kernel<Block>>> {
   const refusal =
