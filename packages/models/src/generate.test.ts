@@ -1,5 +1,6 @@
 // Sampling: distribution, cuts, seeds, stop ids, limits, text that arrives in whole characters, and aborting.
-import { type Engine, type RouterPlugin, random } from "@switchyard/core";
+import { type Engine, random } from "@switchyard/core";
+import type { RouterPlugin } from "@switchyard/core/moe";
 import { beforeAll, describe, expect, it } from "vitest";
 import { type GenerateOptions, generate } from "./generate.ts";
 import { loudModel, makeEngine, naiveForward, plainTopK, readAll, smallConfig } from "./models.test-util.ts";

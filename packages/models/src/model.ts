@@ -1,5 +1,6 @@
 // The contracts of this package: checkpoints, models and their caches, routing traces, checkpoint families. Types only.
-import type { Engine, Json, Routed, RoutingOverride, Tensor, Tree } from "@switchyard/core";
+import type { Engine, Json, Tensor, Tree } from "@switchyard/core";
+import type { Routed, RoutingOverride } from "@switchyard/core/moe";
 
 /** Lazy: nothing is read until asked. `dtype` is the file's own name ("BF16", "F8_E4M3", "I64", ...). */
 export interface Checkpoint {

@@ -1,16 +1,7 @@
 // What the tests of this package share: an engine, a plain top-k router, ids, and a transformer in naive float64 loops.
-import {
-  type Engine,
-  engine,
-  leaves,
-  linear,
-  type RouterPlugin,
-  random,
-  softmaxTopk,
-  type Tensor,
-  type Tree,
-} from "@switchyard/core";
+import { type Engine, engine, leaves, linear, random, softmaxTopk, type Tensor, type Tree } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
+import type { RouterPlugin } from "@switchyard/core/moe";
 import { transformer } from "./transformer.ts";
 import type { TransformerConfig } from "./transformer-config.ts";
 

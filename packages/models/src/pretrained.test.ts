@@ -3,7 +3,8 @@
 import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { CheckpointError, type Engine, leaves, mul, type RouterPlugin, type Tensor, type Tree } from "@switchyard/core";
+import { CheckpointError, type Engine, leaves, mul, type Tensor, type Tree } from "@switchyard/core";
+import type { RouterPlugin } from "@switchyard/core/moe";
 import { reMoE } from "@switchyard/routers/re-moe";
 import { topK } from "@switchyard/routers/top-k";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";

@@ -1,6 +1,7 @@
 // Saving a model as a folder and loading it again: the OLMoE layout where the model has that form, our own where it has
 // not.
-import { CheckpointError, type Engine, type Json, type RouterPlugin, ShapeError } from "@switchyard/core";
+import { CheckpointError, type Engine, type Json, ShapeError } from "@switchyard/core";
+import type { RouterPlugin } from "@switchyard/core/moe";
 import { olmoe, olmoeRefusal, type SpecialIds, writeOlmoe } from "./architectures/olmoe.ts";
 import { switchyard, writeSwitchyard } from "./architectures/switchyard.ts";
 import { openCheckpoint } from "./checkpoint.ts";

@@ -1,14 +1,7 @@
 // A trainer's snapshot as one safetensors file, replaced in one rename, so that an interrupted save leaves the earlier
 // one.
-import {
-  CheckpointError,
-  type DType,
-  type Json,
-  type SnapshotArray,
-  type TrainerSnapshot,
-  type TypedArray,
-  UnsupportedError,
-} from "@switchyard/core";
+import { CheckpointError, type DType, type Json, type TypedArray, UnsupportedError } from "@switchyard/core";
+import type { SnapshotArray, TrainerSnapshot } from "@switchyard/core/train";
 import { fileSource, saveFiles } from "./files.ts";
 import { encodeSafetensors, quote, readHeader } from "./safetensors.ts";
 

@@ -2,7 +2,8 @@
 import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { adamw, type Engine, random, type Trainer, trainer } from "@switchyard/core";
+import { type Engine, random } from "@switchyard/core";
+import { adamw, type Trainer, trainer } from "@switchyard/core/train";
 import { reMoE } from "@switchyard/routers/re-moe";
 import { topK } from "@switchyard/routers/top-k";
 import { describe, expect, it } from "vitest";

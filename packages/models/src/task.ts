@@ -1,5 +1,7 @@
 // A language model as a task for core's trainer: cross entropy of the next token, padding left out.
-import { crossEntropy, mul, type Pass, type Random, reshape, ShapeError, sum, type Task } from "@switchyard/core";
+import { crossEntropy, mul, type Random, reshape, ShapeError, sum } from "@switchyard/core";
+import type { Pass } from "@switchyard/core/moe";
+import type { Task } from "@switchyard/core/train";
 import type { Transformer } from "./transformer.ts";
 
 /** Sequences on the host, row-major [batch, sequence]. */

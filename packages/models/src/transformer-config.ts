@@ -1,5 +1,6 @@
 // The sizes of a transformer: options with their defaults, what fits together, and the shapes of all parameters.
-import { type RouterPlugin, ShapeError } from "@switchyard/core";
+import { ShapeError } from "@switchyard/core";
+import type { RouterPlugin } from "@switchyard/core/moe";
 
 export interface TransformerConfig {
   /** Number of token ids. */

@@ -4,7 +4,6 @@ import {
   type Engine,
   leaves,
   mul,
-  type RouterPlugin,
   random,
   sum,
   type Tensor,
@@ -12,6 +11,7 @@ import {
   UnsupportedError,
   valueAndGrad,
 } from "@switchyard/core";
+import type { RouterPlugin } from "@switchyard/core/moe";
 import { describe, expect, it } from "vitest";
 import { loudModel, makeEngine, naiveForward, plainTopK, readAll, smallConfig } from "./models.test-util.ts";
 import { parameterCounts } from "./parameter-counts.ts";

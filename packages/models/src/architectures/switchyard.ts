@@ -7,11 +7,11 @@ import {
   type Json,
   leaves,
   mapTree,
-  type RouterPlugin,
   random,
   type Tensor,
   type Tree,
 } from "@switchyard/core";
+import type { RouterPlugin } from "@switchyard/core/moe";
 import { isRecord } from "../checkpoint.ts";
 import { ConfigReader } from "../config-reader.ts";
 import type { Checkpoint } from "../model.ts";
