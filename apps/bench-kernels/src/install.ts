@@ -51,6 +51,7 @@ export function install(packages: Readonly<Record<string, string>>): string | un
       ...first,
       "install",
       "--ignore-scripts",
+      "--omit=optional", // binaries for graphics cards, hundreds of megabytes
       "--no-audit",
       "--no-fund",
       "--no-package-lock",

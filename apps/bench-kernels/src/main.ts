@@ -7,13 +7,14 @@ import { wasm } from "@switchyard/kernels/wasm";
 import { tableText } from "./format.ts";
 import { install, installedVersion, load } from "./install.ts";
 import { jax } from "./peers/jax.ts";
+import { llama } from "./peers/llama.ts";
 import { onnxruntimeNode, onnxruntimeWeb } from "./peers/onnxruntime.ts";
 import type { Peer, PeerSource } from "./peers/peer.ts";
 import { tfjs } from "./peers/tfjs.ts";
 import { torch } from "./peers/torch.ts";
 import { type Context, cases, type Table, type Variant } from "./suite.ts";
 
-const sources: readonly PeerSource[] = [onnxruntimeNode, onnxruntimeWeb, tfjs, jax, torch];
+const sources: readonly PeerSource[] = [onnxruntimeNode, onnxruntimeWeb, tfjs, jax, llama, torch];
 
 const usage = `npm run bench:kernels -- [options]
   --case a,b      only these cases: ${Object.keys(cases).join(", ")}

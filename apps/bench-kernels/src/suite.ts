@@ -13,6 +13,7 @@ import {
   type LanguageModelCase,
   type LayerCase,
   layerDispatch,
+  layerFlops,
   layers,
   measure,
   moeLayer,
@@ -146,12 +147,55 @@ const layer = (name: "A" | "B"): Case =>
         title: layerTitle(one),
         threads: context.threads,
         unit: "GFLOP/s",
-        amounts: everyone(2 * 3 * one.width * one.hidden * one.k * tokens * giga, found.entries),
+        amounts: everyone(layerFlops(one) * giga, found.entries),
         entries: found.entries,
         figures: ratios(found, tokens >= 16 && context.threads === 1 ? goals : none),
       };
     }
   };
+
+/** llama.cpp only runs whole models: a model of such layers, against our layer as often, each time with other weights. */
+async function* stack(context: Context): AsyncGenerator<Table> {
+  const depth = 2;
+  for (const tokens of context.quick ? [256] : [1, 16, 256, 1024]) {
+    const one: LayerCase = { layer: "A", ...layers.A, tokens };
+    const ours: Candidate[] = [];
+    for (const variant of context.variants) {
+      const engine = await context.engine(variant, context.threads);
+      const name = ourName(variant);
+      ours.push({
+        name,
+        open() {
+          const each = Array.from({ length: depth }, () => contender(name, moeLayer.setup(engine, one)));
+          return {
+            name,
+            async run() {
+              for (const layer of each) await layer.run();
+            },
+            async dispose() {
+              for (const layer of each) await layer.dispose?.();
+            },
+          };
+        },
+      });
+    }
+    const peers = context.peers.flatMap((peer): Candidate[] =>
+      peer.stack ? [{ name: peer.name, open: async () => (await peer.stack?.(one, depth)) ?? missing(peer.name) }] : [],
+    );
+    const found = await compare(ours, peers, context.measuring);
+    yield {
+      case: "stack",
+      title: `${layerTitle(one)}: ${depth} of them, in llama.cpp with little attention`,
+      threads: context.threads,
+      unit: "GFLOP/s",
+      amounts: everyone(depth * layerFlops(one) * giga, found.entries),
+      entries: found.entries,
+      figures: ratios(found, (_, peer) =>
+        peer === "node-llama-cpp" && tokens >= 256 && context.threads === 1 ? { least: 1.8 } : undefined,
+      ),
+    };
+  }
+}
 
 /** The losses of the first three steps are what must agree. */
 const trainingContender = (name: string, workload: Workload) => ({
@@ -226,7 +270,7 @@ async function* sparse(context: Context): AsyncGenerator<Table> {
     { name: "sparse", open: () => contender("sparse", moeLayer.setup(engine, one)) },
     { name: "dense", open: () => contender("dense", denseLayer.setup(engine, one)) },
   ])) as [Timing, Timing];
-  const amount = 2 * 3 * one.width * one.hidden * one.k * one.tokens * giga;
+  const amount = layerFlops(one) * giga;
   yield ownTable(
     context,
     {
@@ -412,6 +456,7 @@ export const cases: Readonly<Record<string, Case>> = {
   skinny,
   "moe-a": layer("A"),
   "moe-b": layer("B"),
+  stack,
   training,
   sparse,
   dispatch,

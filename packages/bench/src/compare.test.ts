@@ -2,30 +2,8 @@
 import { mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import {
-  adamw,
-  CheckpointError,
-  constantRate,
-  crossEntropy,
-  type Engine,
-  embedding,
-  engine,
-  gatherLast,
-  leaves,
-  less,
-  linear,
-  mul,
-  random,
-  reshape,
-  softmax,
-  sum,
-  type Task,
-  type Tensor,
-  type Tree,
-  topkIndices,
-  div,
-  addRows,
-} from "@switchyard/core";
+import { CheckpointError, crossEntropy, type Engine, embedding, engine, gatherLast, leaves, less, linear, mul, random, reshape, softmax, sum, type Tensor, type Tree, topkIndices, div, addRows } from "@switchyard/core";
+import { adamw, constantRate, type Task } from "@switchyard/core/train";
 import { cpu } from "@switchyard/core/cpu";
 import { afterAll, describe, expect, test } from "vitest";
 import type { TokenBatch } from "./batches.ts";
@@ -116,7 +94,7 @@ function text(seed: number, letters: string): string {
 }
 
 const domains = splitCorpora(
-  ["abcdefgh", "stuvwxyz"].map((letters, i) => ({ name: letters, text: Buffer.from(text(i, letters)), files: 1, skipped: 0 })),
+  ["abcdefgh", "stuvwxyz"].map((letters, i) => ({ name: letters, texts: [Buffer.from(text(i, letters))], skipped: 0 })),
   { seed: 1, block: 600 },
 );
 

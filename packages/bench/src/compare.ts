@@ -1,17 +1,8 @@
 // The comparison: every router trains the same model on the same batches, and what its routing did is recorded on the way.
 // Nothing here knows a model, a router or a backend: they come in as values. Runs in Node (files, memory for all records).
 import { join } from "node:path";
-import {
-  type Engine,
-  type Optimiser,
-  type Schedule,
-  type Task,
-  type Trainer,
-  type TrainerSnapshot,
-  type Tree,
-  trainer,
-  UnsupportedError,
-} from "@switchyard/core";
+import { type Engine, type Tree, UnsupportedError } from "@switchyard/core";
+import { type Optimiser, type Schedule, type Task, type Trainer, type TrainerSnapshot, trainer } from "@switchyard/core/train";
 import * as v from "valibot";
 import {
   countedBytes,
@@ -26,7 +17,7 @@ import {
 import { byteLength, type Domain } from "./corpus.ts";
 import { knownWords, words } from "./metrics.ts";
 import { joined, type LayerChoices, layerRouting, type Moment, onlyTokens, watch } from "./probe.ts";
-import { type CheckpointRecord, checkpointSchema, type RunResult, type Sample, type SampleToken } from "./results.ts";
+import { type CheckpointRecord, checkpointSchema, type DomainRecord, type RunResult, type Sample, type SampleToken } from "./results.ts";
 import { readSnapshot, removeFile, writeSnapshot } from "./store.ts";
 
 /** A fresh model with one router, made for one run. */
@@ -509,13 +500,10 @@ async function writeSamples(
 }
 
 /** Sizes of the domains as they were used. */
-export function domainRecords(
-  domains: readonly Domain[],
-  files: readonly number[],
-): readonly { name: string; files: number; trainingBytes: number; validationBytes: number }[] {
-  return domains.map(({ name, training, validation }, i) => ({
+export function domainRecords(domains: readonly Domain[]): readonly DomainRecord[] {
+  return domains.map(({ name, files, training, validation }) => ({
     name,
-    files: files[i] ?? 1,
+    files,
     trainingBytes: byteLength(training),
     validationBytes: byteLength(validation),
   }));

@@ -4,25 +4,20 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { UnsupportedError } from "@switchyard/core";
 import { afterAll, describe, expect, test } from "vitest";
-import { byteLength, cutBlocks, distinctNames, hostRandom, readCorpus, shuffled, splitCorpora } from "./corpus.ts";
+import { cutBlocks, distinctNames, hostRandom, readCorpus, shuffled, splitCorpora } from "./corpus.ts";
 
 const folder = mkdtempSync(join(tmpdir(), "switchyard-corpus-"));
 afterAll(() => rmSync(folder, { recursive: true }));
 
 const decode = (bytes: Uint8Array): string => new TextDecoder("utf-8", { fatal: true }).decode(bytes);
-const corpus = (name: string, text: string) => ({ name, text: Buffer.from(text), files: 1, skipped: 0 });
+const corpus = (name: string, ...texts: string[]) => ({ name, texts: texts.map((text) => Buffer.from(text)), skipped: 0 });
 
 describe("readCorpus", () => {
   test("a file: line ends become line feeds, the byte-order mark goes, the label is the file's name", () => {
     const path = join(folder, "novel.txt");
     writeFileSync(path, "\ufeffone\r\ntwo\rthree\n");
     const read = readCorpus(path);
-    expect({ ...read, text: decode(read.text) }).toEqual({
-      name: "novel.txt",
-      text: "one\ntwo\rthree\n",
-      files: 1,
-      skipped: 0,
-    });
+    expect({ ...read, texts: read.texts.map(decode) }).toEqual({ name: "novel.txt", texts: ["one\ntwo\rthree\n"], skipped: 0 });
   });
 
   test("a folder: files in the order of their paths, hidden and binary ones passed over and counted", () => {
@@ -36,10 +31,11 @@ describe("readCorpus", () => {
     writeFileSync(join(root, "picture.png"), Uint8Array.of(137, 80, 0, 1));
     writeFileSync(join(root, "latin1.txt"), Uint8Array.of(0x63, 0xe9, 0x20));
     const read = readCorpus(root);
-    expect(decode(read.text)).toBe("ay\nbee\nsea\n");
-    expect([read.name, read.files, read.skipped]).toEqual(["mixed", 3, 2]);
-    expect(decode(readCorpus(root, { accept: (path) => path.startsWith("b/"), name: "bees" }).text)).toBe("bee\n");
-    expect(decode(readCorpus(root, { maxBytes: 3 }).text)).toBe("ay\n");
+    expect(read.texts.map(decode)).toEqual(["ay\n", "bee\n", "sea"]);
+    expect([read.name, read.skipped]).toEqual(["mixed", 2]);
+    const bees = readCorpus(root, { accept: (path) => path.startsWith("b/"), name: "bees" });
+    expect([bees.name, bees.texts.map(decode)]).toEqual(["bees", ["bee\n"]]);
+    expect(readCorpus(root, { maxBytes: 3 }).texts.map(decode)).toEqual(["ay\n"]);
   });
 
   test.each([
@@ -88,16 +84,25 @@ describe("splitCorpora", () => {
     const [a] = splitCorpora(two, { seed: 3, block: 1000, held: 0.2 });
     expect([a?.training.length, a?.validation.length]).toEqual([40, 10]);
     const all = [...(a?.training ?? []), ...(a?.validation ?? [])].map(decode).sort();
-    expect(all).toEqual([...cutBlocks(two[0]?.text ?? Buffer.of(), 1000)].map(decode).sort());
+    expect(all).toEqual([...cutBlocks(two[0]?.texts[0] ?? Buffer.of(), 1000)].map(decode).sort());
   });
 
-  test("a limit takes whole blocks from all over the text", () => {
-    const [, b] = splitCorpora(two, { seed: 3, block: 1000, limit: 20_500, held: 0.1 });
-    expect(byteLength(b?.training ?? [])).toBe(18_000);
-    expect(byteLength(b?.validation ?? [])).toBe(2000);
-    const starts = (b?.training ?? []).map((block) => two[1]?.text.indexOf(block) ?? -1);
-    expect(Math.max(...starts)).toBeGreaterThan(200_000);
-    expect(starts).toEqual([...starts].sort((x, y) => x - y));
+  test("a limit takes whole files in the order of the seed, the last one cut at a whole character", () => {
+    const files = Array.from({ length: 30 }, (_, i) => `${String.fromCharCode(65 + i)}é`.repeat(500));
+    const taken = (seed: number): { letters: string; bytes: number; files: number } => {
+      const [domain] = splitCorpora([corpus("many", ...files)], { seed, block: 100, limit: 5000 });
+      const text = [...(domain?.training ?? []), ...(domain?.validation ?? [])].map(decode).join("");
+      const letters = [...new Set(text.replaceAll("é", "").replaceAll("\n", ""))].sort().join("");
+      return { letters, bytes: Buffer.byteLength(text), files: domain?.files ?? 0 };
+    };
+    const one = taken(1);
+    expect(one.files).toBe(4);
+    expect(one.letters).toHaveLength(4);
+    // Three whole files of 1500 bytes and a line feed each, then 500 bytes or one less where a character would be cut.
+    expect(one.bytes).toBeGreaterThanOrEqual(5002);
+    expect(one.bytes).toBeLessThanOrEqual(5003);
+    expect(taken(1)).toEqual(one);
+    expect([2, 3, 4, 5].map((seed) => taken(seed).letters)).not.toEqual(Array(4).fill(one.letters));
   });
 
   test("the seed decides, the neighbours do not", () => {

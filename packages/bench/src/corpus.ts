@@ -3,11 +3,11 @@ import { readdirSync, readFileSync, statSync } from "node:fs";
 import { basename, join, resolve } from "node:path";
 import { UnsupportedError } from "@switchyard/core";
 
-/** One labelled domain: UTF-8 text with line feeds only. */
+/** One labelled domain. */
 export interface Corpus {
   readonly name: string;
-  readonly text: Uint8Array;
-  readonly files: number;
+  /** One per file, in the order of their paths: UTF-8 with line feeds only. */
+  readonly texts: readonly Uint8Array[];
   /** Files of a folder that hold no text (binary or empty) and were passed over. */
   readonly skipped: number;
 }
@@ -24,6 +24,8 @@ export interface CorpusOptions {
 /** One domain's blocks, in the order of the text. Every block begins and ends on a whole character. */
 export interface Domain {
   readonly name: string;
+  /** Files that the blocks come from. */
+  readonly files: number;
   readonly training: readonly Uint8Array[];
   readonly validation: readonly Uint8Array[];
 }
@@ -68,10 +70,9 @@ export function readCorpus(path: string, options: CorpusOptions = {}): Corpus {
   if (!found.isDirectory()) {
     const text = asText(readFileSync(path));
     if (typeof text === "string") throw new UnsupportedError(`corpus ${path}: ${text}; give a text file in UTF-8`);
-    return { name, text, files: 1, skipped: 0 };
+    return { name, texts: [text], skipped: 0 };
   }
   const texts: Uint8Array[] = [];
-  let files = 0;
   let bytes = 0;
   let skipped = 0;
   for (const file of filesBelow(path)) {
@@ -82,8 +83,6 @@ export function readCorpus(path: string, options: CorpusOptions = {}): Corpus {
       continue;
     }
     texts.push(text);
-    if (text[text.length - 1] !== lineFeed) texts.push(Uint8Array.of(lineFeed));
-    files++;
     bytes += text.length;
     if (bytes >= maxBytes) break;
   }
@@ -91,7 +90,7 @@ export function readCorpus(path: string, options: CorpusOptions = {}): Corpus {
     const reason = skipped === 0 ? "no files" : `none of its ${skipped} files is text in UTF-8`;
     throw new UnsupportedError(`corpus ${path}: ${reason}; give a folder with text files`);
   }
-  return { name, text: Buffer.concat(texts), files, skipped };
+  return { name, texts, skipped };
 }
 
 /** Gives corpora of equal names the numbers 2, 3, ... */
@@ -127,13 +126,16 @@ export function shuffled(count: number, random: () => number): Int32Array {
   return order;
 }
 
+/** A byte that continues a character of UTF-8: 10xxxxxx. */
+const isContinuation = (byte: number | undefined): boolean => ((byte ?? 0) & 0xc0) === 0x80;
+
 /** Cuts text into blocks of about `size` bytes, each cut moved on to the next whole character; a short rest joins the last. */
 export function cutBlocks(text: Uint8Array, size: number): readonly Uint8Array[] {
   const blocks: Uint8Array[] = [];
   let from = 0;
   while (from < text.length) {
     let to = text.length - from < 1.5 * size ? text.length : from + size;
-    while (to < text.length && ((text[to] ?? 0) & 0xc0) === 0x80) to++; // 10xxxxxx continues a character
+    while (to < text.length && isContinuation(text[to])) to++;
     blocks.push(text.subarray(from, to));
     from = to;
   }
@@ -142,12 +144,32 @@ export function cutBlocks(text: Uint8Array, size: number): readonly Uint8Array[]
 
 export interface SplitOptions {
   readonly seed: number;
-  /** Most bytes used of one corpus, as whole blocks chosen all over it; default 1.5 MB. */
+  /** Most bytes used of one corpus: whole files in an order that the seed decides, the last one cut; default 1.5 MB. */
   readonly limit?: number;
   /** Bytes in a block; default 20 kB, less for a corpus of under ten blocks. */
   readonly block?: number;
   /** Share of the blocks held out; default 0.08, at least one block. */
   readonly held?: number;
+}
+
+/** Files up to the limit, in the order of their paths, as one text. Files that do not end in a line feed get one. */
+function chosenText(texts: readonly Uint8Array[], limit: number, random: () => number): { text: Uint8Array; files: number } {
+  const taken = new Map<number, Uint8Array>();
+  let room = limit;
+  for (const id of shuffled(texts.length, random)) {
+    if (room <= 0) break;
+    const all = texts[id] ?? new Uint8Array(0);
+    let end = Math.min(all.length, room);
+    while (end < all.length && isContinuation(all[end])) end--;
+    taken.set(id, all.subarray(0, end));
+    room -= end;
+    if (end < all.length) break;
+  }
+  const parts = [...taken].sort(([a], [b]) => a - b).map(([, part]) => part);
+  const pieces = parts.flatMap((part, i) =>
+    i + 1 < parts.length && part[part.length - 1] !== lineFeed ? [part, Uint8Array.of(lineFeed)] : [part],
+  );
+  return { text: Buffer.concat(pieces), files: parts.length };
 }
 
 /**
@@ -156,17 +178,17 @@ export interface SplitOptions {
  */
 export function splitCorpora(corpora: readonly Corpus[], options: SplitOptions): readonly Domain[] {
   const { seed, limit = 1_500_000, block = 20_000, held = 0.08 } = options;
-  return distinctNames(corpora).map(({ name, text }) => {
+  return distinctNames(corpora).map(({ name, texts }) => {
+    const random = hostRandom(seed);
+    const { text, files } = chosenText(texts, limit, random);
     if (text.length < 2000) {
       throw new UnsupportedError(`corpus ${name}: ${text.length} bytes are too little; give at least 2000 bytes of text`);
     }
-    const size = Math.min(block, Math.floor(text.length / 10));
-    const blocks = cutBlocks(text, size);
-    const used = Math.min(blocks.length, Math.max(2, Math.floor(limit / size)));
-    const order = shuffled(blocks.length, hostRandom(seed)).subarray(0, used);
-    const out = Math.max(1, Math.round(held * used));
+    const blocks = cutBlocks(text, Math.min(block, Math.floor(text.length / 10)));
+    const order = shuffled(blocks.length, random);
+    const out = Math.max(1, Math.round(held * blocks.length));
     const pick = (ids: Int32Array): Uint8Array[] => [...ids].sort((a, b) => a - b).map((id) => blocks[id] ?? text);
-    return { name, training: pick(order.subarray(out)), validation: pick(order.subarray(0, out)) };
+    return { name, files, training: pick(order.subarray(out)), validation: pick(order.subarray(0, out)) };
   });
 }
 

@@ -1,5 +1,6 @@
 // What a model does on held-out text: bits per byte, and the experts every token went to, read in one go per batch.
-import { type Engine, leaves, random, type Task, type Tensor, type Tree, UnsupportedError } from "@switchyard/core";
+import { type Engine, leaves, random, type Tensor, type Tree, UnsupportedError } from "@switchyard/core";
+import type { Task } from "@switchyard/core/train";
 import { countedTokens, type TokenBatch } from "./batches.ts";
 import {
   type Choices,

@@ -2,7 +2,8 @@
 import { chmodSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { CheckpointError, type TrainerSnapshot } from "@switchyard/core";
+import { CheckpointError } from "@switchyard/core";
+import type { TrainerSnapshot } from "@switchyard/core/train";
 import { afterAll, describe, expect, test } from "vitest";
 import { readSnapshot, readText, writableFolder, writeSnapshot, writeWhole } from "./store.ts";
 

@@ -2,7 +2,8 @@
 import { createHash, randomUUID } from "node:crypto";
 import { closeSync, existsSync, fsyncSync, mkdirSync, openSync, readFileSync, renameSync, rmSync, writeSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
-import { CheckpointError, type DType, type TrainerSnapshot, type TypedArray } from "@switchyard/core";
+import { CheckpointError, type DType, type TypedArray } from "@switchyard/core";
+import type { TrainerSnapshot } from "@switchyard/core/train";
 import * as v from "valibot";
 import { parseJson } from "./results.ts";
 

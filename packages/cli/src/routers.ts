@@ -1,5 +1,6 @@
 // Routers by name: "topK", "topK:k=1", "topK:k=4:order=topk-softmax". The factories are those of @switchyard/routers.
-import { type RouterPlugin, UnsupportedError } from "@switchyard/core";
+import { UnsupportedError } from "@switchyard/core";
+import type { RouterPlugin } from "@switchyard/core/moe";
 import { expertChoice, reMoE, switchRouter, topK } from "@switchyard/routers";
 
 interface Known {

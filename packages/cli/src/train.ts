@@ -30,7 +30,8 @@ import {
   writableFolder,
   writeWhole,
 } from "@switchyard/bench";
-import { adamw, type Backend, cosineDecay, type Engine, engine, random, UnsupportedError, warmUp } from "@switchyard/core";
+import { type Backend, type Engine, engine, random, UnsupportedError } from "@switchyard/core";
+import { adamw, cosineDecay, warmUp } from "@switchyard/core/train";
 import {
   generate,
   languageModelTask,
@@ -246,7 +247,7 @@ interface Job {
 }
 
 async function inFolder(args: TrainArgs, context: TrainContext, job: Job): Promise<Outcome> {
-  const { folder, settings, routers, size, corpora, domains, earlier, started } = job;
+  const { folder, settings, routers, size, domains, earlier, started } = job;
   const { display, signal } = context;
   const elapsed = (): number => (earlier?.seconds ?? 0) + (performance.now() - started) / 1000;
   const done = (earlier === undefined ? undefined : earlierResults(folder))?.runs ?? [];
@@ -294,7 +295,7 @@ async function inFolder(args: TrainArgs, context: TrainContext, job: Job): Promi
         versions: versions(),
         machine: machine(),
         settings: settingsRecord(job, steps ?? 0, seeds, host.name, words.vocabulary, args.threads),
-        domains: domainRecords(domains, corpora.map(({ files: count }) => count)),
+        domains: domainRecords(domains),
         baselines,
         runs,
         summary: summarise(runs),

@@ -1,7 +1,6 @@
 // Attention and its gradient. Rows (query, head) that share a key/value head are taken eight at a time, one per SIMD lane pair: scores stand as
 // [key][row], so softmax needs no sums across lanes. Keys pass in blocks with a running maximum; no [sequence, total] matrix is ever stored.
-import { transposeTo } from "./matmul";
-import { expTerm4, lane0, log1, madd, zero } from "./simd";
+import { expTerm4, lane0, log1, madd, transposeTo, zero } from "./simd";
 
 @unmanaged
 class Attention {

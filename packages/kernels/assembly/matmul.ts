@@ -1,6 +1,6 @@
 // Matrix products. Many rows: A and B are packed into panels and a 6 x 8 register tile walks them. Few rows: dot products straight from
 // row-major weights, nothing is packed. The host cuts every product (plain, batched, grouped by expert) into tasks; kernels only run tasks.
-import { BF16, BF16_KIND, F16, F16_KIND, F32_KIND, load1, load4, loadTail, madd, silu4, storeTail, sumLanes4, zero } from "./simd";
+import { BF16, BF16_KIND, F16, F16_KIND, F32_KIND, load1, load4, loadTail, madd, silu4, storeTail, sumLanes4, transposeTo, zero } from "./simd";
 
 /** Rows of a packed panel of A, columns of a packed panel of B. */
 const MR: i32 = 6;
@@ -10,7 +10,7 @@ const KC: i32 = 256;
 /** Most columns of one task; the host knows it as MAX_COLUMNS. */
 const NC: i32 = 128;
 /** Scratch of a thread: one packed block of B, one edge tile, then the SwiGLU block. The host knows the total. */
-const TILE_OFFSET: usize = <usize>(KC * NC * 4);
+const TILE_OFFSET: usize = <usize>(KC * NC * 4 + (NC / NR) * 64);
 const BLOCK_OFFSET: usize = TILE_OFFSET + <usize>(MR * NR * 4);
 
 // ---------------------------------------------------------------- packing of A
@@ -157,58 +157,34 @@ function packPanel<T>(b: usize, ldb: usize, n: i32, k: i32, to: usize): void {
   }
 }
 
-/** Four rows of four become four columns, 32 bytes apart. */
+/** Bytes from panel to panel: one cache line more than a panel has, or all panels would fall into the same sets of the cache. */
 @inline
-export function transposeTo(a: v128, b: v128, c: v128, d: v128, to: usize): void {
-  const ab = v128.shuffle<f32>(a, b, 0, 4, 1, 5);
-  const cd = v128.shuffle<f32>(c, d, 0, 4, 1, 5);
-  const AB = v128.shuffle<f32>(a, b, 2, 6, 3, 7);
-  const CD = v128.shuffle<f32>(c, d, 2, 6, 3, 7);
-  v128.store(to, v128.shuffle<f32>(ab, cd, 0, 1, 4, 5));
-  v128.store(to, v128.shuffle<f32>(ab, cd, 2, 3, 6, 7), 32);
-  v128.store(to, v128.shuffle<f32>(AB, CD, 0, 1, 4, 5), 64);
-  v128.store(to, v128.shuffle<f32>(AB, CD, 2, 3, 6, 7), 96);
+function panelStride(k: i32): usize {
+  return (<usize>k) * (NR * 4) + 64;
 }
 
 function packBlockRows<T>(b: usize, ldb: usize, n: i32, k: i32, to: usize): void {
   for (let j = 0; j < n; j += NR) {
     packPanel<T>(b + (<usize>j) * ldb, ldb, min(n - j, NR), k, to);
-    to += (<usize>k) * (NR * 4);
+    to += panelStride(k);
   }
 }
 
-/** Panels [k][8] of B stored [k, n]. Lanes past n hold whatever follows. Four panels at a time: whole cache lines of B are read. */
+/** Panels [k][8] of B stored [k, n]. Lanes past n hold whatever follows. Line by line: B is read in long stretches. */
 function packBlockColumns<T>(b: usize, ldb: usize, n: i32, k: i32, to: usize): void {
-  const panel = <usize>k * (NR * 4);
-  let j = 0;
-  for (; j + 4 * NR <= n; j += 4 * NR) {
-    let p = b + <usize>j * sizeof<T>();
-    const end = to + panel;
-    while (to < end) {
-      copy8<T>(p, to);
-      copy8<T>(p + 8 * sizeof<T>(), to + panel);
-      copy8<T>(p + 16 * sizeof<T>(), to + 2 * panel);
-      copy8<T>(p + 24 * sizeof<T>(), to + 3 * panel);
-      p += ldb;
-      to += NR * 4;
+  const stride = panelStride(k);
+  const panels = <usize>((n + NR - 1) / NR) * stride;
+  for (let i = 0; i < k; i++) {
+    let p = b;
+    const end = to + panels;
+    for (let q = to; q < end; q += stride) {
+      v128.store(q, load4<T>(p));
+      v128.store(q, load4<T>(p + 4 * sizeof<T>()), 16);
+      p += 8 * sizeof<T>();
     }
-    to += 3 * panel;
+    b += ldb;
+    to += NR * 4;
   }
-  for (; j < n; j += NR) {
-    let p = b + <usize>j * sizeof<T>();
-    const end = to + panel;
-    while (to < end) {
-      copy8<T>(p, to);
-      p += ldb;
-      to += NR * 4;
-    }
-  }
-}
-
-@inline
-function copy8<T>(from: usize, to: usize): void {
-  v128.store(to, load4<T>(from));
-  v128.store(to, load4<T>(from + 4 * sizeof<T>()), 16);
 }
 
 // ---------------------------------------------------------------- the register tile
@@ -410,7 +386,7 @@ export function multiply(job: Product, from: i32, to: i32, scratch: usize): void
         n,
         length,
         b,
-        straight ? <usize>(NR * 4) : <usize>(length * NR * 4),
+        straight ? <usize>(NR * 4) : panelStride(length),
         straight ? <usize>job.ldb : <usize>(NR * 4),
         task.c,
         ldc,
@@ -444,11 +420,11 @@ export function multiplySwiglu(job: Product, from: i32, to: i32, scratch: usize)
     for (let i = 0; i < k; i += KC) {
       const length = min(k - i, KC);
       const b = task.b + alongK(job, i);
-      const up = <usize>(length * padded * 4);
+      const up = <usize>(padded / NR) * panelStride(length);
       packBlock(b, <usize>job.ldb, job.kind, 0, n, length, scratch);
       packBlock(b + <usize>job.half, <usize>job.ldb, job.kind, 0, n, length, scratch + up);
       const a = task.a + <usize>(i * MR * 4);
-      const panel = <usize>(length * NR * 4);
+      const panel = panelStride(length);
       multiplyPacked(
         a,
         <usize>(k * MR * 4),

@@ -1,6 +1,7 @@
 // Sums, maxima and running sums. Long sums are cut into fixed blocks whose sums are added in a second pass: exact enough, and the same
 // whatever the number of threads.
-import { expTerm4, lane0, log1, maxLanes, sumLanes, zero } from "./simd";
+import { rowLogSumExp, rowMax } from "./row-parts";
+import { sumLanes, zero } from "./simd";
 
 @unmanaged
 class RowSums {
@@ -92,38 +93,6 @@ export function columnSums(job: ColumnSums, from: i32, to: i32, scratch: usize):
       store<f32>(y + i, sum);
     }
   }
-}
-
-/** Maximum of n >= 1 elements; NaN if there is one. */
-@inline
-export function rowMax(x: usize, n: i32): f32 {
-  let best = v128.load_splat<f32>(x);
-  const end = x + (<usize>n << 2);
-  for (; x + 16 <= end; x += 16) best = f32x4.max(best, v128.load(x));
-  let m = maxLanes(best);
-  for (; x < end; x += 4) m = max<f32>(m, load<f32>(x));
-  return m;
-}
-
-/** Sum of e^(x - shift). */
-@inline
-export function rowExpSum(x: usize, n: i32, shift: f32): f32 {
-  const s = f32x4.splat(shift);
-  let sum = zero();
-  const end = x + (<usize>n << 2);
-  for (; x + 16 <= end; x += 16) sum = f32x4.add(sum, expTerm4(f32x4.sub(v128.load(x), s)));
-  let total = sumLanes(sum);
-  for (; x < end; x += 4) total += lane0(expTerm4(f32x4.sub(v128.load_splat<f32>(x), s)));
-  return total;
-}
-
-/** log of the sum of e^x; -infinity for a row of -infinity or without elements. */
-@inline
-export function rowLogSumExp(x: usize, n: i32): f32 {
-  if (n == 0) return -f32.POSITIVE_INFINITY;
-  const m = rowMax(x, n);
-  if (m == -f32.POSITIVE_INFINITY || m == f32.POSITIVE_INFINITY) return m;
-  return m + log1(rowExpSum(x, n, m));
 }
 
 @unmanaged

@@ -1,8 +1,7 @@
 // Kernels that take whole rows: softmax and its relatives, norms, cross entropy, rotary positions, routing. Rows stay in the first cache
 // between the passes over them.
+import { rowLogSumExp, rowTop, selectTop } from "./row-parts";
 import { expTerm4, lane0, madd, sumLanes, zero } from "./simd";
-import { rowExpSum, rowLogSumExp, rowMax } from "./reduce";
-import { selectTop } from "./sort";
 
 @unmanaged
 class Softmax {
@@ -49,7 +48,7 @@ function rowDot(x: usize, y: usize, bytes: usize): f32 {
 function softmaxRow(x: usize, y: usize, n: i32): void {
   const bytes = <usize>n << 2;
   if (n == 0) return;
-  const top = rowMax(x, n);
+  const top = rowTop(x, n);
   if (top == -f32.POSITIVE_INFINITY) {
     memory.fill(y, 0, bytes);
     return;

@@ -109,6 +109,19 @@ export function sumLanes4(a: v128, b: v128, c: v128, d: v128): v128 {
 
 const INFINITY_F: f32 = f32.POSITIVE_INFINITY;
 
+/** Four rows of four become four columns, 32 bytes apart. */
+@inline
+export function transposeTo(a: v128, b: v128, c: v128, d: v128, to: usize): void {
+  const ab = v128.shuffle<f32>(a, b, 0, 4, 1, 5);
+  const cd = v128.shuffle<f32>(c, d, 0, 4, 1, 5);
+  const AB = v128.shuffle<f32>(a, b, 2, 6, 3, 7);
+  const CD = v128.shuffle<f32>(c, d, 2, 6, 3, 7);
+  v128.store(to, v128.shuffle<f32>(ab, cd, 0, 1, 4, 5));
+  v128.store(to, v128.shuffle<f32>(ab, cd, 2, 3, 6, 7), 32);
+  v128.store(to, v128.shuffle<f32>(AB, CD, 0, 1, 4, 5), 64);
+  v128.store(to, v128.shuffle<f32>(AB, CD, 2, 3, 6, 7), 96);
+}
+
 // The parts of e^x = 2^n e^r with |r| <= ln 2 / 2.
 const MAGIC: f32 = 12582912; // 1.5 * 2^23: adding it rounds to the nearest integer and leaves that in the low bits
 

@@ -1,13 +1,5 @@
 // Stable orders: top-k, argsort (radix), counting of ids, and the dispatch of routed slots to experts.
-
-/** A key whose unsigned order is the order of the floats; NaN last in either direction; -0 equals 0. */
-@inline
-function floatKey(x: f32, descending: bool): u32 {
-  if (x != x) return 0xffffffff;
-  const u = reinterpret<u32>(x + 0);
-  const key = u & 0x80000000 ? ~u : u | 0x80000000;
-  return descending ? ~key : key;
-}
+import { floatKey, selectTop } from "./row-parts";
 
 @unmanaged
 class TopK {
@@ -15,28 +7,6 @@ class TopK {
   y: usize; // [rows, k]
   n: i32;
   k: i32;
-}
-
-/** Writes the ids of the k largest, descending, lower id first among equals: k passes, each for the next key after the last one. */
-@inline
-export function selectTop(x: usize, n: i32, k: i32, y: usize): void {
-  let lastKey: u32 = 0;
-  let lastId = -1;
-  for (let j = 0; j < k; j++) {
-    let bestKey: u32 = 0xffffffff;
-    let bestId = -1;
-    for (let i = 0; i < n; i++) {
-      const key = floatKey(load<f32>(x + (<usize>i << 2)), true);
-      const later = key > lastKey || (key == lastKey && i > lastId);
-      if (later && (key < bestKey || bestId < 0)) {
-        bestKey = key;
-        bestId = i;
-      }
-    }
-    store<i32>(y + (<usize>j << 2), bestId);
-    lastKey = bestKey;
-    lastId = bestId;
-  }
 }
 
 export function topkIndices(job: TopK, from: i32, to: i32, scratch: usize): void {

@@ -2,6 +2,7 @@
 // Lazy: opening reads headers only, and `read` fetches just the bytes asked for.
 import type { Json } from "@switchyard/core";
 import { CheckpointError } from "@switchyard/core";
+import { builtIn } from "./built-in.ts";
 import { fileSource } from "./files.ts";
 import type { Checkpoint } from "./model.ts";
 import { type ByteSource, quote, readHeader, type StoredTensor } from "./safetensors.ts";
@@ -138,6 +139,6 @@ export async function readCheckpoint(open: OpenFile, where: string): Promise<Ope
 
 /** Opens the checkpoint in a folder (Node). Close it when done; nothing but headers is read until asked. */
 export async function openCheckpoint(folder: string): Promise<OpenCheckpoint> {
-  const { join } = await import("node:path");
+  const { join } = await builtIn("node:path");
   return readCheckpoint((name) => fileSource(join(folder, name)), folder);
 }

@@ -1,6 +1,7 @@
 // Files on disk, Node only: byte-ranged reading and saving a set of files so that a folder never holds half of it.
-// The node: modules are imported inside the functions, so that a browser can load the package.
+// Loads in a browser too, where the functions refuse.
 import { CheckpointError } from "@switchyard/core";
+import { builtIn } from "./built-in.ts";
 import type { ByteSource } from "./safetensors.ts";
 
 const codeOf = (error: unknown): string | undefined =>
@@ -28,7 +29,7 @@ function explained(what: string, error: unknown, next = ""): CheckpointError {
 
 /** Opens a file for byte-ranged reading; undefined where it does not exist. The caller closes it. */
 export async function fileSource(path: string): Promise<(ByteSource & { close(): Promise<void> }) | undefined> {
-  const { open } = await import("node:fs/promises");
+  const { open } = await builtIn("node:fs/promises");
   const handle = await open(path, "r").catch((error: unknown) => {
     if (codeOf(error) === "ENOENT") return undefined;
     throw explained(`cannot read ${path}`, error);
@@ -72,7 +73,7 @@ export interface SaveOptions {
 async function syncFolder(folder: string): Promise<void> {
   // Windows cannot open a folder; its file system keeps the order of renames by itself.
   if (globalThis.process?.platform === "win32") return;
-  const { open } = await import("node:fs/promises");
+  const { open } = await builtIn("node:fs/promises");
   const handle = await open(folder, "r");
   try {
     await handle.sync();
@@ -88,10 +89,9 @@ async function syncFolder(folder: string): Promise<void> {
  * `last`, which no reader accepts, never a mixture of two saves.
  */
 export async function saveFiles(folder: string, files: readonly FileToSave[], options: SaveOptions): Promise<void> {
-  const { mkdir, open, readdir, rename, rm, rmdir } = await import("node:fs/promises");
-  const { dirname, join, resolve } = await import("node:path");
-  const { randomUUID } = await import("node:crypto");
-  const tag = randomUUID().slice(0, 8);
+  const { mkdir, open, readdir, rename, rm, rmdir } = await builtIn("node:fs/promises");
+  const { dirname, join, resolve } = await builtIn("node:path");
+  const tag = globalThis.crypto.randomUUID().slice(0, 8);
   const fresh = (name: string): string => join(folder, `.${name}.${tag}.new`);
   const aside = (name: string): string => join(folder, `.${name}.${tag}.old`);
 

@@ -2,6 +2,7 @@
 // one.
 import { CheckpointError, type DType, type Json, type TypedArray, UnsupportedError } from "@switchyard/core";
 import type { SnapshotArray, TrainerSnapshot } from "@switchyard/core/train";
+import { builtIn } from "./built-in.ts";
 import { fileSource, saveFiles } from "./files.ts";
 import { encodeSafetensors, quote, readHeader } from "./safetensors.ts";
 
@@ -24,7 +25,7 @@ const types: ReadonlyMap<string, readonly [DType, (bytes: Uint8Array) => TypedAr
  * untouched.
  */
 export async function writeSnapshot(path: string, snapshot: TrainerSnapshot): Promise<void> {
-  const { basename, dirname } = await import("node:path");
+  const { basename, dirname } = await builtIn("node:path");
   const tensors = Object.entries(snapshot.arrays).map(([name, { data, shape }]) => ({
     name,
     dtype: fileType(data),

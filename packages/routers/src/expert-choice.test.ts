@@ -1,4 +1,5 @@
-import { dispose, type Plan, type Routed } from "@switchyard/core";
+import { dispose } from "@switchyard/core";
+import type { Plan, Routed } from "@switchyard/core/moe";
 import { routerContext, routerInput, testRouter } from "@switchyard/testing";
 import { describe, expect, it } from "vitest";
 import { expertChoiceFamily } from "../test/families.ts";

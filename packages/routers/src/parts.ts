@@ -1,20 +1,17 @@
 // What several routers share: initial weights, checks of options, the usual losses, and the record a router's README
 // row is made of.
 // Private: only the type of the card leaves the package.
+import { isTensor, ShapeError, type Tensor, type Tree } from "@switchyard/core";
 import {
-  isTensor,
   type Loss,
   type Need,
   type Plan,
   type RouterContext,
   type RouterInput,
-  ShapeError,
   switchBalance,
-  type Tensor,
-  type Tree,
   tokenMask,
   zLoss,
-} from "@switchyard/core";
+} from "@switchyard/core/moe";
 
 /** A router as plain data: its row in the README and what a reader asks first. */
 export interface RouterCard {

@@ -1,12 +1,5 @@
-import {
-  dispose,
-  leaves,
-  type Routed,
-  type Router,
-  type StepStatistics,
-  type Tensor,
-  type Tree,
-} from "@switchyard/core";
+import { dispose, leaves, type Tensor, type Tree } from "@switchyard/core";
+import type { Routed, Router, StepStatistics } from "@switchyard/core/moe";
 import { routerContext, routerInput, testRouter } from "@switchyard/testing";
 import { describe, expect, it } from "vitest";
 import { reMoEFamily } from "../test/families.ts";

@@ -1,4 +1,5 @@
-import { dispose, type Routed, type Tensor } from "@switchyard/core";
+import { dispose, type Tensor } from "@switchyard/core";
+import type { Routed } from "@switchyard/core/moe";
 import { floats, routerContext, routerInput, testRouter } from "@switchyard/testing";
 import { describe, expect, it } from "vitest";
 import { switchFamily } from "../test/families.ts";

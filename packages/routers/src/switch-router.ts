@@ -3,20 +3,8 @@
 //   y = p_i E_i(x), i = argmax p      eq. 2
 //   capacity = ceil(factor tokens / experts)   eq. 3; first come, first served in token order, the rest passes by
 //   loss = alpha E Σ f_i P_i          eqs. 4-6; f counts before dropping
-import {
-  affine,
-  applyCapacity,
-  linear,
-  maskPlan,
-  mul,
-  type Routed,
-  type RouterInput,
-  type RouterPlugin,
-  ShapeError,
-  softmaxTopk,
-  type Tensor,
-  type Tree,
-} from "@switchyard/core";
+import { affine, linear, mul, ShapeError, softmaxTopk, type Tensor, type Tree } from "@switchyard/core";
+import { applyCapacity, maskPlan, type Routed, type RouterInput, type RouterPlugin } from "@switchyard/core/moe";
 import { checkNotNegative, leaf, maskOf, type RouterCard, truncatedWeight, usualLosses } from "./parts.ts";
 
 export interface SwitchOptions {

@@ -1,4 +1,5 @@
-import { dispose, leaves, mixtralBalance, type Routed, softmax, sum, type Tensor } from "@switchyard/core";
+import { dispose, leaves, softmax, sum, type Tensor } from "@switchyard/core";
+import { mixtralBalance, type Routed } from "@switchyard/core/moe";
 import { routerContext, routerInput, testRouter } from "@switchyard/testing";
 import { describe, expect, it } from "vitest";
 import { topKFamily } from "../test/families.ts";

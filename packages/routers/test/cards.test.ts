@@ -1,5 +1,5 @@
 import { readdirSync, readFileSync } from "node:fs";
-import type { RouterPlugin } from "@switchyard/core";
+import type { RouterPlugin } from "@switchyard/core/moe";
 import { describe, expect, it } from "vitest";
 import type { RouterCard } from "../src/parts.ts";
 

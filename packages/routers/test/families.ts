@@ -1,23 +1,16 @@
 // One function per family of vectors: what the router gives under each name the vectors expect.
+import { type Engine, mean, mul, type Random, relu, sum, type Tensor, type Tree } from "@switchyard/core";
 import {
   capacityOf,
-  type Engine,
   expertLoad,
   idCounts,
-  mean,
-  mul,
   padToCapacity,
-  type Random,
   type Routed,
   type Router,
   type RouterInput,
   type RouterPlugin,
-  relu,
-  sum,
-  type Tensor,
-  type Tree,
   untouchedTokens,
-} from "@switchyard/core";
+} from "@switchyard/core/moe";
 import { routerContext, routerInput } from "@switchyard/testing";
 import { expertChoice } from "../src/expert-choice.ts";
 import { leaf } from "../src/parts.ts";

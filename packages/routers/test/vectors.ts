@@ -1,8 +1,9 @@
 // Runs the vectors of a router family through the router itself. A family is a function from one case to everything it
 // expects, by name; `meet` compares. Plain functions, so that other runners can call them.
 import { readFileSync } from "node:fs";
-import { autodiff, type Engine, engine, grad, type Random, type Routed, type Tensor, watch } from "@switchyard/core";
+import { autodiff, type Engine, engine, grad, type Random, type Tensor, watch } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
+import type { Routed } from "@switchyard/core/moe";
 
 /** Nested lists of numbers, or one number. */
 export type Values = number | readonly Values[];

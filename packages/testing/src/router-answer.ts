@@ -1,6 +1,7 @@
 // What a router decided, read to the host and looked at: by name, as a matrix of weights, for being well formed, for
 // being the same.
-import { alias, leaves, type Plan, type Routed, type Tensor, type Tree } from "@switchyard/core";
+import { alias, leaves, type Tensor, type Tree } from "@switchyard/core";
+import type { Plan, Routed } from "@switchyard/core/moe";
 import { assertClose, coordinates, type HostArray } from "./arrays.ts";
 import { download } from "./cases/case.ts";
 

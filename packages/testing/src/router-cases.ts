@@ -1,19 +1,7 @@
 // What every router owes to the layer around it, as data: cases that throw. testRouter runs them in vitest.
-import {
-  dispose,
-  type Engine,
-  engine as engineOf,
-  glu,
-  leaves,
-  mapTree,
-  moe,
-  type Router,
-  type RouterInput,
-  type RouterPlugin,
-  random,
-  type Tree,
-} from "@switchyard/core";
+import { dispose, type Engine, engine as engineOf, leaves, mapTree, random, type Tree } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
+import { glu, moe, type Router, type RouterInput, type RouterPlugin } from "@switchyard/core/moe";
 import { assertClose, generator, type HostArray, ints, type Tolerance, uniform } from "./arrays.ts";
 import { download } from "./cases/case.ts";
 import * as oracle from "./oracles.ts";

@@ -1,5 +1,6 @@
 // What a router is handed in tests: a context to be made in, and inputs with every lazy extra, drawn from fixed seeds.
-import { type Engine, type RouterContext, type RouterInput, random, type Tensor, type Tree } from "@switchyard/core";
+import { type Engine, random, type Tensor, type Tree } from "@switchyard/core";
+import type { RouterContext, RouterInput } from "@switchyard/core/moe";
 import { generator, type HostArray, uniform } from "./arrays.ts";
 
 const vocabulary = 13;

@@ -1,23 +1,15 @@
+import { add, customGrad, linear, mul, reshape, softmaxTopk, sum, type Tensor, type Tree } from "@switchyard/core";
 import {
-  add,
   applyCapacity,
-  customGrad,
-  linear,
   maskPlan,
-  mul,
   type Routed,
   type Router,
   type RouterContext,
   type RouterInput,
   type RouterPlugin,
-  reshape,
-  softmaxTopk,
-  sum,
   switchBalance,
-  type Tensor,
-  type Tree,
   tokenMask,
-} from "@switchyard/core";
+} from "@switchyard/core/moe";
 import { describe, expect, it } from "vitest";
 import { routerCases } from "./router-cases.ts";
 import { testRouter } from "./test-router.ts";

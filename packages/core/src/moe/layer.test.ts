@@ -9,7 +9,7 @@ import { reshape } from "../ops/shape.ts";
 import { random } from "../random.ts";
 import type { Tensor, Tree } from "../tensor.ts";
 import { glu } from "./experts.ts";
-import { layerParams, type MoEOptions, moe, moeLayer } from "./layer.ts";
+import { layerInput, layerParams, type MoEOptions, moe, moeLayer } from "./layer.ts";
 import {
   addTo,
   close,
@@ -25,7 +25,7 @@ import {
   row,
   sigmoid,
 } from "./moe.test-util.ts";
-import type { Experts, Layout, MoELayer, Plan, Routed, RouterContext, RouterPlugin } from "./plan.ts";
+import type { Experts, Layout, MoELayer, Plan, Routed, RouterContext, RouterInput, RouterPlugin } from "./plan.ts";
 
 const width = 3;
 const hidden = 2;
@@ -589,7 +589,7 @@ describe("refusals", () => {
     expect(() => run(x, 2, () => ({ plan: choice }), { options: { combine: false } })).toThrow(/expert-choice/);
     expect(() => run(x, 2, () => ({ plan }), { options: { combine: false }, shared: [{ experts }] })).toThrow(/shared/);
   });
-  test("a routing override that the router cannot take, but only on its layers", () => {
+  test("a routing override, but only on its layers", () => {
     const layer: MoELayer = { router: fixedRouter(() => ({ plan })), experts };
     const call = (layers: number[]) =>
       moe(layer, layerParams(layer), { ...routerInput(x.tokens), override: [{ k: 1, layers }] });
@@ -628,6 +628,40 @@ describe("refusals", () => {
     expect(moeLayer(plugin({ needs: ["host"] }), context(), { experts }).experts).toBe(experts);
     expect(() => moeLayer(plugin({ plans: ["merge"] }), context(), { experts: unmixable })).toThrow(UnsupportedError);
   });
+});
+
+test("layerInput and moeLayer fill in what a layer by itself does not say", async () => {
+  const e = float64();
+  const seen: RouterContext[] = [];
+  const inputs: RouterInput[] = [];
+  const experts = glu({ engine: e, random: random(e, 1), count: 3, width: 4, hidden: 2 });
+  const buffers = { bias: floats(e, [1, 2, 3], [3]) };
+  const plugin: RouterPlugin = {
+    name: "spy",
+    causal: { training: true, evaluation: true },
+    needs: [],
+    plans: ["dense"],
+    init(context) {
+      seen.push(context);
+      return {
+        params: {},
+        buffers,
+        route(_, input) {
+          inputs.push(input);
+          return { plan: { kind: "dense", weights: floats(e, new Array(6).fill(0.5), [2, 3]) }, losses: {} };
+        },
+      };
+    },
+  };
+  const layer = moeLayer(plugin, { engine: e, width: 4 }, { experts });
+  const [context] = seen;
+  expect(context).toMatchObject({ experts: 3, layer: 0, layers: 1, width: 4 });
+  expect(context?.shared("one", () => ({ made: 1 }))).toBe(context?.shared("one", () => ({ made: 2 })));
+  const hidden = floats(e, [1, 0, 0, 0, 0, 1, 0, 0], [2, 4]);
+  const { output } = moe(layer, layerParams(layer), layerInput(layer, hidden, { training: true }));
+  expect(output.shape).toEqual([2, 4]);
+  expect(inputs[0]).toMatchObject({ training: true, step: 0, layout: { batch: 1, sequence: 2, past: 0 } });
+  expect(inputs[0]?.buffers).toBe(buffers);
 });
 
 test("a step leaves nothing alive but its results, with and without gradients recorded", () => {

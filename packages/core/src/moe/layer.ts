@@ -6,6 +6,7 @@ import { dispatch } from "../ops/experts.ts";
 import { linear, matmul } from "../ops/matmul.ts";
 import { addRows, takeRows } from "../ops/rows.ts";
 import { hostConstant, reshape, transpose } from "../ops/shape.ts";
+import { random } from "../random.ts";
 import { isTensor, show, type Tensor, type Tree } from "../tensor.ts";
 import {
   combine,
@@ -46,15 +47,31 @@ export interface MoEOptions {
   readonly observe?: Observe;
 }
 
+/** What a layer's router is made with; only the engine and the width cannot be known otherwise. */
+export type LayerContext = Pick<RouterContext, "engine" | "width"> & Partial<RouterContext>;
+
 /**
- * The layer of one router plugin and its experts. Throws UnsupportedError when they do not go together or the backend cannot serve
- * the router, before anything runs.
+ * The layer of one router plugin and its experts. What the context leaves out is that of a layer by itself: the first of one, as many
+ * experts as there are, seed 0. Throws UnsupportedError when they do not go together or the backend cannot serve the router, before
+ * anything runs.
  */
 export function moeLayer(
   plugin: RouterPlugin,
-  context: RouterContext,
+  given: LayerContext,
   parts: { readonly experts: Experts; readonly shared?: readonly SharedExperts[] },
 ): MoELayer {
+  const made = new Map<string, unknown>();
+  const context: RouterContext = {
+    experts: parts.experts.count,
+    layer: 0,
+    layers: 1,
+    random: given.random ?? random(given.engine, 0).at("router"),
+    shared<T>(key: string, make: () => T): T {
+      if (!made.has(key)) made.set(key, make());
+      return made.get(key) as T;
+    },
+    ...given,
+  };
   const { experts } = parts;
   const refuse = (why: string): never => {
     throw new UnsupportedError(`router ${plugin.name}: ${why}`);
@@ -74,6 +91,25 @@ export function moeLayer(
 
 const unmixable =
   'its "merge" plan mixes the experts\' parameters, and these experts have no mixed(); use glu() or ffn()';
+
+/**
+ * The input of a layer used by itself: `hidden [tokens, width]` as one sequence, in evaluation, seed 0, the router's first buffers; `more`
+ * replaces any of it.
+ */
+export function layerInput(layer: MoELayer, hidden: Tensor, more: Partial<RouterInput> = {}): RouterInput {
+  return {
+    hidden,
+    layout: { batch: 1, sequence: hidden.shape[0] ?? 0, past: 0 },
+    training: false,
+    step: 0,
+    pass: 0,
+    layer: 0,
+    layers: 1,
+    random: more.random ?? random(hidden.engine.root, 0).at("input"),
+    buffers: layer.router.buffers,
+    ...more,
+  };
+}
 
 /** The parameters `moe` expects, as the layer made them: `{ router, experts, shared? }`. */
 export function layerParams(layer: MoELayer): Tree {
@@ -106,10 +142,10 @@ export function routeTokens(layer: MoELayer, params: Tree, input: RouterInput): 
     throw new ShapeError(`moe: hidden is ${show(hidden)}, expected [batch * sequence, width] = [${tokens}, width]`);
   }
   const { router, experts } = layer;
-  const concerns = input.override?.some((one) => one && (one.layers?.includes(input.layer) ?? true));
-  if (concerns && router.score === undefined) {
+  // Better refused than ignored: a router that is not asked for its ranks would decode something else than what was asked.
+  if (input.override?.some((one) => one && (one.layers?.includes(input.layer) ?? true))) {
     throw new UnsupportedError(
-      `moe: layer ${input.layer} got a routing override, and its router does not tell score and select apart; use a router that does`,
+      `moe: layer ${input.layer} got a routing override, and no router applies one yet; leave it out`,
     );
   }
   const mask = tokenMask(layout);

@@ -14,7 +14,7 @@ export const FEW_ROWS = 20;
 /** Columns of a task of dot products. */
 const DOT_COLUMNS = 32;
 /** Bytes of scratch a thread needs: a packed block of B, an edge tile, and the SwiGLU block of MAX_ROWS rows. */
-export const SCRATCH = 256 * MAX_COLUMNS * 4 + PANEL * 8 * 4 + MAX_ROWS * MAX_COLUMNS * 4 + 1024;
+export const SCRATCH = 256 * MAX_COLUMNS * 4 + MAX_COLUMNS * 8 + PANEL * 8 * 4 + MAX_ROWS * MAX_COLUMNS * 4 + 1024;
 
 /** Floating-point operations per nanosecond, for the estimates of `launch`. */
 const SPEED = 30;
