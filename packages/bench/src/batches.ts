@@ -22,7 +22,8 @@ export function tokenStream(blocks: readonly Int32Array[], separator: number): I
   return stream;
 }
 
-const mixed = (...parts: number[]): number => parts.reduce((hash, part) => Math.imul(hash ^ part, 0x9e3779b1) + 0x7f4a7c15, 17);
+const mixed = (...parts: number[]): number =>
+  parts.reduce((hash, part) => Math.imul(hash ^ part, 0x9e3779b1) + 0x7f4a7c15, 17);
 
 export interface TrainingOrder {
   readonly rows: number;
@@ -73,7 +74,11 @@ export function trainingBatches(streams: readonly Int32Array[], order: TrainingO
  * Windows over a held-out stream. The first of a block's windows counts all its tokens; each further one starts half a window later and
  * counts its second half, so that every token but the separators is predicted once and with at least half a window before it.
  */
-export function heldOutWindows(blocks: readonly Int32Array[], separator: number, length: number): readonly TokenBatch[] {
+export function heldOutWindows(
+  blocks: readonly Int32Array[],
+  separator: number,
+  length: number,
+): readonly TokenBatch[] {
   const half = Math.ceil(length / 2);
   return blocks.flatMap((block) => {
     const stream = tokenStream([block], separator);

@@ -2,9 +2,29 @@
 import { mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { CheckpointError, crossEntropy, type Engine, embedding, engine, gatherLast, leaves, less, linear, mul, random, reshape, softmax, sum, type Tensor, type Tree, topkIndices, div, addRows } from "@switchyard/core";
-import { adamw, constantRate, type Task } from "@switchyard/core/train";
+import {
+  addRows,
+  CheckpointError,
+  crossEntropy,
+  div,
+  type Engine,
+  embedding,
+  engine,
+  gatherLast,
+  leaves,
+  less,
+  linear,
+  mul,
+  random,
+  reshape,
+  softmax,
+  sum,
+  type Tensor,
+  type Tree,
+  topkIndices,
+} from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
+import { adamw, constantRate, type Task } from "@switchyard/core/train";
 import { afterAll, describe, expect, test } from "vitest";
 import type { TokenBatch } from "./batches.ts";
 import {
@@ -36,10 +56,25 @@ const codec: Codec = {
 const width = 6;
 const experts = 5;
 
-function subjectOn(host: Engine, k: number, seed: number, batch: (index: number) => TokenBatch, saved: string[]): Subject {
+function subjectOn(
+  host: Engine,
+  k: number,
+  seed: number,
+  batch: (index: number) => TokenBatch,
+  saved: string[],
+): Subject {
   const draw = random(host, seed).at("init");
   const tensor = (name: string, shape: number[]): Tensor =>
-    host.tensor(Float32Array.from(draw.at(name).host("normal", shape.reduce((a, b) => a * b)), (x) => 0.3 * x), shape);
+    host.tensor(
+      Float32Array.from(
+        draw.at(name).host(
+          "normal",
+          shape.reduce((a, b) => a * b),
+        ),
+        (x) => 0.3 * x,
+      ),
+      shape,
+    );
   const params = {
     table: tensor("table", [vocabulary, width]),
     gate: tensor("gate", [experts, width]),
@@ -47,7 +82,9 @@ function subjectOn(host: Engine, k: number, seed: number, batch: (index: number)
   };
   const task: Task<TokenBatch> = {
     params,
-    routers: [{ params: {}, buffers: {}, route: () => ({ plan: { kind: "dense", weights: params.gate }, losses: {} }) }],
+    routers: [
+      { params: {}, buffers: {}, route: () => ({ plan: { kind: "dense", weights: params.gate }, losses: {} }) },
+    ],
     batch,
     forward(tree, _, { ids, labels }) {
       const { table, gate, out } = tree as typeof params;
@@ -131,14 +168,18 @@ function setup(name: string, steps: number) {
   return { host, saved, folder, options, prepared: prepare(domains, codec, training, 200) };
 }
 
-const timeless = (runs: readonly RunResult[]): unknown => runs.map((run) => ({ ...run, seconds: 0, tokensPerSecond: 0 }));
+const timeless = (runs: readonly RunResult[]): unknown =>
+  runs.map((run) => ({ ...run, seconds: 0, tokensPerSecond: 0 }));
 
 describe("compareRouters", async () => {
   const whole = setup("whole", 23);
   const before = whole.host.live();
   const progress: string[] = [];
   const result = await compareRouters(
-    { ...whole.options, onStep: ({ router, seed, run, step }) => void progress.push(`${run} ${router} ${seed} ${step}`) },
+    {
+      ...whole.options,
+      onStep: ({ router, seed, run, step }) => void progress.push(`${run} ${router} ${seed} ${step}`),
+    },
     whole.prepared,
   );
 
@@ -179,7 +220,9 @@ describe("compareRouters", async () => {
       expect(run.samples).toHaveLength(2);
       for (const sample of run.samples) {
         expect(sample.tokens).toHaveLength(codec.encode(sample.prompt).length + 9);
-        expect(sample.tokens.every(({ layers }) => layers[0]?.experts.length === (run.router === "top:k=1" ? 1 : 2))).toBe(true);
+        expect(
+          sample.tokens.every(({ layers }) => layers[0]?.experts.length === (run.router === "top:k=1" ? 1 : 2)),
+        ).toBe(true);
         expect(sample.tokens.map(({ text: part }) => part).join("")).toBe(
           new TextDecoder().decode(codec.bytes(codec.encode(sample.prompt))) + sample.text,
         );
@@ -193,23 +236,26 @@ describe("compareRouters", async () => {
   });
 
   // Step counts over all runs at which the user presses Ctrl-C: in the first run, at a checkpoint, at a run's last step, later on.
-  test.each([[[1]], [[6]], [[23]], [[9, 30, 31, 60]]])("interrupted after steps %j and resumed, the runs are the same", async (stops) => {
-    const { options, prepared, folder } = setup("stopped", 23);
-    let steps = 0;
-    let done: readonly RunResult[] = [];
-    for (const stop of [...stops, Number.POSITIVE_INFINITY]) {
-      const control = new AbortController();
-      const { status, runs } = await compareRouters(
-        { ...options, done, signal: control.signal, onStep: () => void (++steps === stop && control.abort()) },
-        prepared,
-      );
-      done = runs;
-      expect(status).toBe(stop === Number.POSITIVE_INFINITY ? "complete" : "interrupted");
-    }
-    expect(steps).toBe(4 * 23);
-    expect(timeless(done)).toEqual(timeless(result.runs));
-    expect(readdirSync(folder)).toEqual([]);
-  });
+  test.each([[[1]], [[6]], [[23]], [[9, 30, 31, 60]]])(
+    "interrupted after steps %j and resumed, the runs are the same",
+    async (stops) => {
+      const { options, prepared, folder } = setup("stopped", 23);
+      let steps = 0;
+      let done: readonly RunResult[] = [];
+      for (const stop of [...stops, Number.POSITIVE_INFINITY]) {
+        const control = new AbortController();
+        const { status, runs } = await compareRouters(
+          { ...options, done, signal: control.signal, onStep: () => void (++steps === stop && control.abort()) },
+          prepared,
+        );
+        done = runs;
+        expect(status).toBe(stop === Number.POSITIVE_INFINITY ? "complete" : "interrupted");
+      }
+      expect(steps).toBe(4 * 23);
+      expect(timeless(done)).toEqual(timeless(result.runs));
+      expect(readdirSync(folder)).toEqual([]);
+    },
+  );
 
   test("a damaged snapshot is refused before anything is trained", async () => {
     const { options, prepared, folder } = setup("damaged", 23);
@@ -225,7 +271,13 @@ test("bits per byte equal the sum written out token by token", async () => {
   const { host, options, prepared } = setup("oracle", 2);
   const [run] = (await compareRouters({ ...options, seeds: [3], sampleTokens: 0 }, prepared)).runs;
   // The same two steps again, then the loss of every held-out byte from the parameters alone.
-  const subject = subjectOn(host, 1, 3, () => ({ shape: [0, 0], ids: new Int32Array(0), labels: new Int32Array(0) }), []);
+  const subject = subjectOn(
+    host,
+    1,
+    3,
+    () => ({ shape: [0, 0], ids: new Int32Array(0), labels: new Int32Array(0) }),
+    [],
+  );
   const trained = await trainedParams(options, prepared);
   const [table, gate, out] = trained;
   if (table === undefined || gate === undefined || out === undefined) throw new Error("three parameters");
@@ -256,7 +308,10 @@ test("bits per byte equal the sum written out token by token", async () => {
   for (const [, tensor] of leaves(subject.task.params)) tensor.dispose();
 });
 
-async function trainedParams(options: ComparisonOptions, prepared: ReturnType<typeof prepare>): Promise<Float64Array[]> {
+async function trainedParams(
+  options: ComparisonOptions,
+  prepared: ReturnType<typeof prepare>,
+): Promise<Float64Array[]> {
   let values: Float64Array[] = [];
   const [first] = options.contenders;
   if (first === undefined) throw new Error("a contender");
@@ -314,7 +369,9 @@ test("checkpoints are spread over the steps, the first and last included", () =>
 });
 
 test("prompts begin at a word and end at one", () => {
-  expect(promptFrom(Buffer.from("ing of the sea\nCall me Ishmael. Some years ago—never mind how long"))).toBe("Call me Ishmael. Some years ago—never");
+  expect(promptFrom(Buffer.from("ing of the sea\nCall me Ishmael. Some years ago—never mind how long"))).toBe(
+    "Call me Ishmael. Some years ago—never",
+  );
   expect(promptFrom(Buffer.from("half a line with spaces only"))).toBe("a line with spaces");
   expect(promptFrom(Buffer.from("nospace".repeat(20)))).toBe("nospace".repeat(6).slice(0, 40));
 });

@@ -2,7 +2,14 @@
 // Nothing here knows a model, a router or a backend: they come in as values. Runs in Node (files, memory for all records).
 import { join } from "node:path";
 import { type Engine, type Tree, UnsupportedError } from "@switchyard/core";
-import { type Optimiser, type Schedule, type Task, type Trainer, type TrainerSnapshot, trainer } from "@switchyard/core/train";
+import {
+  type Optimiser,
+  type Schedule,
+  type Task,
+  type Trainer,
+  type TrainerSnapshot,
+  trainer,
+} from "@switchyard/core/train";
 import * as v from "valibot";
 import {
   countedBytes,
@@ -17,7 +24,14 @@ import {
 import { byteLength, type Domain } from "./corpus.ts";
 import { knownWords, words } from "./metrics.ts";
 import { joined, type LayerChoices, layerRouting, type Moment, onlyTokens, watch } from "./probe.ts";
-import { type CheckpointRecord, checkpointSchema, type DomainRecord, type RunResult, type Sample, type SampleToken } from "./results.ts";
+import {
+  type CheckpointRecord,
+  checkpointSchema,
+  type DomainRecord,
+  type RunResult,
+  type Sample,
+  type SampleToken,
+} from "./results.ts";
 import { readSnapshot, removeFile, writeSnapshot } from "./store.ts";
 
 /** A fresh model with one router, made for one run. */
@@ -26,7 +40,13 @@ export interface Subject {
   /** `active`: those that work on one token. */
   readonly parameters: { readonly total: number; readonly active: number };
   /** `count` ids that follow the prompt, drawn with the seed. */
-  generate(params: Tree, buffers: readonly Tree[], prompt: Int32Array, count: number, seed: number): Promise<Int32Array>;
+  generate(
+    params: Tree,
+    buffers: readonly Tree[],
+    prompt: Int32Array,
+    count: number,
+    seed: number,
+  ): Promise<Int32Array>;
   /** Saves the trained model into a folder, whole or not at all. */
   save(params: Tree, buffers: readonly Tree[], folder: string): Promise<void>;
 }
@@ -231,7 +251,13 @@ function startTrainer(
   seed: number,
   totalSteps: number,
 ): Trainer<TokenBatch> {
-  return trainer(engine, subject.task, { optimiser: optimiser(), schedule: schedule(totalSteps), clip, seed, totalSteps });
+  return trainer(engine, subject.task, {
+    optimiser: optimiser(),
+    schedule: schedule(totalSteps),
+    clip,
+    seed,
+    totalSteps,
+  });
 }
 
 /** The steps after which loss and routing are recorded: 0, the last one, and evenly between. */
@@ -462,7 +488,9 @@ export function promptFrom(block: Uint8Array): string {
 /** Texts of tokens; a character split over tokens goes to the last of them. */
 function tokenTexts(ids: Int32Array, codec: Codec): readonly string[] {
   const decoder = new TextDecoder();
-  const texts = [...ids].map((id) => (id === codec.separator ? "" : decoder.decode(codec.bytes([id]), { stream: true })));
+  const texts = [...ids].map((id) =>
+    id === codec.separator ? "" : decoder.decode(codec.bytes([id]), { stream: true }),
+  );
   const rest = decoder.decode();
   return texts.map((text, i) => (i === texts.length - 1 ? text + rest : text));
 }
@@ -482,17 +510,26 @@ async function writeSamples(
     const { params, buffers } = moment;
     const written = await subject.generate(params, buffers, start, sampleTokens, seed * 1000 + index);
     const ids = Int32Array.of(...start, ...written);
-    const { layers } = await watch(moment, { shape: [1, ids.length], ids, labels: new Int32Array(ids.length).fill(-1) });
-    const tokens = tokenTexts(ids, codec).map((text, token): SampleToken => ({
-      text,
-      layers: layers.map(({ k, experts, ids: chosen, weights }) => {
-        const slots = Array.from({ length: k }, (_, j) => token * k + j).filter((at) => {
-          const id = chosen[at] ?? -1;
-          return id >= 0 && id < experts;
-        });
-        return { experts: slots.map((at) => chosen[at] ?? 0), weights: slots.map((at) => rounded(weights[at] ?? 0, 4)) };
+    const { layers } = await watch(moment, {
+      shape: [1, ids.length],
+      ids,
+      labels: new Int32Array(ids.length).fill(-1),
+    });
+    const tokens = tokenTexts(ids, codec).map(
+      (text, token): SampleToken => ({
+        text,
+        layers: layers.map(({ k, experts, ids: chosen, weights }) => {
+          const slots = Array.from({ length: k }, (_, j) => token * k + j).filter((at) => {
+            const id = chosen[at] ?? -1;
+            return id >= 0 && id < experts;
+          });
+          return {
+            experts: slots.map((at) => chosen[at] ?? 0),
+            weights: slots.map((at) => rounded(weights[at] ?? 0, 4)),
+          };
+        }),
       }),
-    }));
+    );
     const text = decode(codec.bytes(written.filter((id) => id !== codec.separator)));
     samples.push({ prompt, text, knownWords: rounded(knownWords(text, vocabulary), 4), tokens: tokens.slice(1) });
   }

@@ -10,14 +10,22 @@ const folder = mkdtempSync(join(tmpdir(), "switchyard-corpus-"));
 afterAll(() => rmSync(folder, { recursive: true }));
 
 const decode = (bytes: Uint8Array): string => new TextDecoder("utf-8", { fatal: true }).decode(bytes);
-const corpus = (name: string, ...texts: string[]) => ({ name, texts: texts.map((text) => Buffer.from(text)), skipped: 0 });
+const corpus = (name: string, ...texts: string[]) => ({
+  name,
+  texts: texts.map((text) => Buffer.from(text)),
+  skipped: 0,
+});
 
 describe("readCorpus", () => {
   test("a file: line ends become line feeds, the byte-order mark goes, the label is the file's name", () => {
     const path = join(folder, "novel.txt");
     writeFileSync(path, "\ufeffone\r\ntwo\rthree\n");
     const read = readCorpus(path);
-    expect({ ...read, texts: read.texts.map(decode) }).toEqual({ name: "novel.txt", texts: ["one\ntwo\rthree\n"], skipped: 0 });
+    expect({ ...read, texts: read.texts.map(decode) }).toEqual({
+      name: "novel.txt",
+      texts: ["one\ntwo\rthree\n"],
+      skipped: 0,
+    });
   });
 
   test("a folder: files in the order of their paths, hidden and binary ones passed over and counted", () => {
@@ -46,7 +54,9 @@ describe("readCorpus", () => {
   ])("%s is refused with the reason", (name, bytes, reason) => {
     const path = join(folder, name);
     writeFileSync(path, bytes);
-    expect(() => readCorpus(path)).toThrow(new UnsupportedError(`corpus ${path}: ${reason}; give a text file in UTF-8`));
+    expect(() => readCorpus(path)).toThrow(
+      new UnsupportedError(`corpus ${path}: ${reason}; give a text file in UTF-8`),
+    );
   });
 
   test("a path that is not there and a folder without text are refused", () => {
@@ -115,7 +125,9 @@ describe("splitCorpora", () => {
   test("small corpora get small blocks, tiny ones are refused", () => {
     const [small] = splitCorpora([corpus("small", "x ".repeat(1000))], { seed: 0 });
     expect([small?.training.length, small?.validation.length]).toEqual([9, 1]);
-    expect(() => splitCorpora([corpus("tiny", "x ".repeat(999))], { seed: 0 })).toThrow("corpus tiny: 1998 bytes are too little");
+    expect(() => splitCorpora([corpus("tiny", "x ".repeat(999))], { seed: 0 })).toThrow(
+      "corpus tiny: 1998 bytes are too little",
+    );
   });
 
   test("equal names are numbered", () => {

@@ -153,7 +153,11 @@ export interface SplitOptions {
 }
 
 /** Files up to the limit, in the order of their paths, as one text. Files that do not end in a line feed get one. */
-function chosenText(texts: readonly Uint8Array[], limit: number, random: () => number): { text: Uint8Array; files: number } {
+function chosenText(
+  texts: readonly Uint8Array[],
+  limit: number,
+  random: () => number,
+): { text: Uint8Array; files: number } {
   const taken = new Map<number, Uint8Array>();
   let room = limit;
   for (const id of shuffled(texts.length, random)) {
@@ -182,7 +186,9 @@ export function splitCorpora(corpora: readonly Corpus[], options: SplitOptions):
     const random = hostRandom(seed);
     const { text, files } = chosenText(texts, limit, random);
     if (text.length < 2000) {
-      throw new UnsupportedError(`corpus ${name}: ${text.length} bytes are too little; give at least 2000 bytes of text`);
+      throw new UnsupportedError(
+        `corpus ${name}: ${text.length} bytes are too little; give at least 2000 bytes of text`,
+      );
     }
     const blocks = cutBlocks(text, Math.min(block, Math.floor(text.length / 10)));
     const order = shuffled(blocks.length, random);

@@ -57,7 +57,10 @@ export function spread(positions: readonly number[], gap: number): readonly numb
       if (last === undefined || before === undefined) break;
       if (last.centre - before.centre >= (gap * (last.members.length + before.members.length)) / 2 - 1e-9) break;
       const members = [...before.members, ...last.members];
-      groups.splice(-2, 2, { members, centre: members.reduce((sum, m) => sum + (positions[m] ?? 0), 0) / members.length });
+      groups.splice(-2, 2, {
+        members,
+        centre: members.reduce((sum, m) => sum + (positions[m] ?? 0), 0) / members.length,
+      });
     }
   }
   const out = [...positions];
@@ -84,7 +87,10 @@ const routersOf = (results: Results): readonly string[] => [...new Set(results.r
 const mean = (values: readonly number[]): number => values.reduce((sum, x) => sum + x, 0) / Math.max(1, values.length);
 
 /** A number of every checkpoint over the seeds of each router: mean, least and greatest. */
-function overTraining(results: Results, of: (record: CheckpointRecord, run: RunResult) => number | undefined): Series[] {
+function overTraining(
+  results: Results,
+  of: (record: CheckpointRecord, run: RunResult) => number | undefined,
+): Series[] {
   return routersOf(results).map((name, i) => {
     const own = results.runs.filter(({ router }) => router === name);
     const points = (own[0]?.checkpoints ?? []).flatMap(({ step }, at) => {
@@ -103,7 +109,10 @@ const tokensAt = (run: RunResult | undefined, step: number): number =>
   run === undefined || run.steps === 0 ? 0 : (run.tokens / run.steps) * step;
 
 /** At most `most` points, each the mean of a stretch. */
-export function thinned(values: readonly number[], most: number): readonly { readonly at: number; readonly value: number }[] {
+export function thinned(
+  values: readonly number[],
+  most: number,
+): readonly { readonly at: number; readonly value: number }[] {
   const stretch = Math.max(1, Math.ceil(values.length / most));
   return Array.from({ length: Math.ceil(values.length / stretch) }, (_, i) => {
     const part = values.slice(i * stretch, (i + 1) * stretch);
@@ -125,7 +134,17 @@ interface LineFigure {
 }
 
 function lines(figure: LineFigure): string {
-  const { series, faint = [], rules = [], label, height, digits, fromZero = false, width, pixels = widths[width] } = figure;
+  const {
+    series,
+    faint = [],
+    rules = [],
+    label,
+    height,
+    digits,
+    fromZero = false,
+    width,
+    pixels = widths[width],
+  } = figure;
   const values = [
     ...series.flatMap(({ points }) => points.flatMap(({ y, low = y, high = y }) => [y, low, high])),
     ...faint.flatMap(({ points }) => points.map(({ y }) => y)),
@@ -146,7 +165,10 @@ function lines(figure: LineFigure): string {
     return last === undefined ? [] : [{ ...one, last }];
   });
   const toPixel = (y: number): number => ((domain[1] - y) / (domain[1] - domain[0])) * inner;
-  const places = spread(ends.map(({ last }) => toPixel(last.y)), 15);
+  const places = spread(
+    ends.map(({ last }) => toPixel(last.y)),
+    15,
+  );
   const x = Math.max(0, ...series.flatMap(({ points }) => points.map((point) => point.x)));
   const unit = x >= 2e6 ? 1e6 : 1000;
   return svg(
@@ -166,7 +188,9 @@ function lines(figure: LineFigure): string {
       },
       y: { domain, label: null, grid: true, ticks: Math.max(3, Math.round(inner / 45)) },
       marks: [
-        ...rules.map(({ y }) => Plot.ruleY([y], { stroke: "var(--muted)", strokeDasharray: "1 3", strokeLinecap: "round" })),
+        ...rules.map(({ y }) =>
+          Plot.ruleY([y], { stroke: "var(--muted)", strokeDasharray: "1 3", strokeLinecap: "round" }),
+        ),
         ...rules.map(({ name, y }) =>
           Plot.text([{ y }], {
             y: "y",
@@ -179,15 +203,27 @@ function lines(figure: LineFigure): string {
             strokeWidth: 4,
           }),
         ),
-        ...faint.map(({ points, style }) => Plot.line(points, { x: "x", y: "y", stroke: style.colour, strokeOpacity: 0.35, strokeWidth: 1 })),
+        ...faint.map(({ points, style }) =>
+          Plot.line(points, { x: "x", y: "y", stroke: style.colour, strokeOpacity: 0.35, strokeWidth: 1 }),
+        ),
         ...series
           .filter(({ points }) => points.some(({ low: a, high: b }) => a !== b))
-          .map(({ points, style }) => Plot.areaY(points, { x: "x", y1: "low", y2: "high", fill: style.colour, fillOpacity: 0.16 })),
+          .map(({ points, style }) =>
+            Plot.areaY(points, { x: "x", y1: "low", y2: "high", fill: style.colour, fillOpacity: 0.16 }),
+          ),
         ...series.map(({ points, style }) =>
           Plot.line(points, { x: "x", y: "y", stroke: style.colour, strokeWidth: 2, strokeDasharray: style.dash }),
         ),
         ...series.map(({ points, style }) =>
-          Plot.dot(points, { x: "x", y: "y", r: 3.6, symbol: style.symbol, fill: style.colour, stroke: "var(--paper)", strokeWidth: 0.8 }),
+          Plot.dot(points, {
+            x: "x",
+            y: "y",
+            r: 3.6,
+            symbol: style.symbol,
+            fill: style.colour,
+            stroke: "var(--paper)",
+            strokeWidth: 0.8,
+          }),
         ),
         ...ends.map(({ name, style, last }, i) =>
           Plot.text([last], {
@@ -212,7 +248,10 @@ export function lossFigure(results: Results): string {
   const series = overTraining(results, ({ bitsPerByte }) => bitsPerByte);
   const faint = routersOf(results).map((name, i): Series => {
     const run = results.runs.find(({ router }) => router === name);
-    const points = thinned(run?.training.bitsPerByte ?? [], 160).map(({ at, value }) => ({ x: tokensAt(run, at), y: value }));
+    const points = thinned(run?.training.bitsPerByte ?? [], 160).map(({ at, value }) => ({
+      x: tokensAt(run, at),
+      y: value,
+    }));
     return { name, style: styleOf(i), points };
   });
   const rules = results.baselines.map(({ name, bitsPerByte }) => ({ name, y: bitsPerByte }));
@@ -225,7 +264,10 @@ export function lossFigure(results: Results): string {
 const described = (series: readonly Series[], digits: number): string =>
   series.map(({ name, points }) => `${name} ends at ${points.at(-1)?.y.toFixed(digits) ?? "nothing"}`).join(", ");
 
-const overLayers = (layers: readonly LayerRouting[], of: (layer: LayerRouting) => number | undefined): number | undefined => {
+const overLayers = (
+  layers: readonly LayerRouting[],
+  of: (layer: LayerRouting) => number | undefined,
+): number | undefined => {
   const values = layers.flatMap((layer) => of(layer) ?? []);
   return values.length === 0 ? undefined : mean(values);
 };
@@ -266,7 +308,13 @@ export function domainFigure(results: Results): string {
     perDomain.map((x, d) => ({ name: name.replace(/ .*/, ""), domain: names[d] ?? "", x })),
   );
   const label = `Held-out bits per byte by domain: ${routers
-    .map((router, i) => `${router} ${dots.slice(i * names.length, (i + 1) * names.length).map(({ domain, x }) => `${domain} ${x.toFixed(2)}`).join(", ")}`)
+    .map(
+      (router, i) =>
+        `${router} ${dots
+          .slice(i * names.length, (i + 1) * names.length)
+          .map(({ domain, x }) => `${domain} ${x.toFixed(2)}`)
+          .join(", ")}`,
+    )
     .join("; ")}`;
   return bothWidths((width) =>
     svg(
@@ -281,10 +329,24 @@ export function domainFigure(results: Results): string {
         y: { domain: names, label: null, tickSize: 0 },
         marks: [
           Plot.ruleY(names, { stroke: "var(--rule)" }),
-          Plot.tickX(ticks, { x: "x", y: "domain", stroke: "var(--muted)", strokeWidth: 1.5, strokeDasharray: "1 2.5", inset: 5 }),
+          Plot.tickX(ticks, {
+            x: "x",
+            y: "domain",
+            stroke: "var(--muted)",
+            strokeWidth: 1.5,
+            strokeDasharray: "1 2.5",
+            inset: 5,
+          }),
           Plot.text(ticks, { x: "x", y: "domain", text: "name", dy: -22, fill: "var(--muted)", fontSize: 10.5 }),
           ...dots.map(({ style, ...dot }) =>
-            Plot.dot([dot], { x: "x", y: "domain", r: 5.5, symbol: style.symbol, fill: style.colour, stroke: "var(--paper)" }),
+            Plot.dot([dot], {
+              x: "x",
+              y: "domain",
+              r: 5.5,
+              symbol: style.symbol,
+              fill: style.colour,
+              stroke: "var(--paper)",
+            }),
           ),
         ],
       },
@@ -298,7 +360,12 @@ export function loadFigure(run: RunResult, domains: readonly string[]): string {
   const layers = run.checkpoints.at(-1)?.layers ?? [];
   const cells = layers.flatMap(({ load }, layer) =>
     load.flatMap((row, d) =>
-      row.map((share, expert) => ({ layer: `layer ${layer + 1}`, domain: domains[d] ?? "", expert, times: share * row.length })),
+      row.map((share, expert) => ({
+        layer: `layer ${layer + 1}`,
+        domain: domains[d] ?? "",
+        expert,
+        times: share * row.length,
+      })),
     ),
   );
   const most = Math.max(2, ...cells.map(({ times }) => times));
@@ -316,7 +383,12 @@ export function loadFigure(run: RunResult, domains: readonly string[]): string {
         marginRight: 60,
         marginTop: 4,
         marginBottom: 32,
-        x: { label: "expert", tickSize: 0, domain: Array.from({ length: experts }, (_, e) => e), labelAnchor: "center" },
+        x: {
+          label: "expert",
+          tickSize: 0,
+          domain: Array.from({ length: experts }, (_, e) => e),
+          labelAnchor: "center",
+        },
         y: { label: null, tickSize: 0, domain: [...domains] },
         fy: { label: null, domain: layers.map((_, i) => `layer ${i + 1}`), padding: 0.12 },
         marks: [

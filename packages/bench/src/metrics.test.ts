@@ -77,7 +77,10 @@ describe.each(sizes)("%i tokens, %i slots, %i experts", (tokens, k, experts) => 
     const perLabel = [0, 1, 2].map((label) => sets.filter((_, token) => labels[token] === label).flat());
     const present = perLabel.filter((chosen) => chosen.length > 0);
     const joint = present.map((chosen) =>
-      Array.from({ length: experts }, (_, e) => chosen.filter((id) => id === e).length / chosen.length / present.length),
+      Array.from(
+        { length: experts },
+        (_, e) => chosen.filter((id) => id === e).length / chosen.length / present.length,
+      ),
     );
     const h = (ps: number[]): number => ps.reduce((sum, p) => (p > 0 ? sum - p * Math.log(p) : sum), 0);
     const marginal = Array.from({ length: experts }, (_, e) => joint.reduce((sum, row) => sum + (row[e] ?? 0), 0));

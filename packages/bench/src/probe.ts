@@ -61,7 +61,9 @@ export async function watch(moment: Moment, batch: TokenBatch): Promise<Watched>
       loss: pass.loss,
       layers: pass.layers.map(({ plan, probabilities }) => {
         if (plan.kind !== "sparse" && plan.kind !== "dense") {
-          throw new UnsupportedError(`the comparison follows experts per token; a plan of kind "${plan.kind}" names none`);
+          throw new UnsupportedError(
+            `the comparison follows experts per token; a plan of kind "${plan.kind}" names none`,
+          );
         }
         return {
           weights: plan.weights,
@@ -76,8 +78,14 @@ export async function watch(moment: Moment, batch: TokenBatch): Promise<Watched>
     const layers: LayerChoices[] = [];
     for (const { ids, weights, probabilities } of kept.layers) {
       const values = Float32Array.from(await read(weights));
-      const choices = ids === undefined ? fromDense(values, experts) : fromSparse(Int32Array.from(await read(ids)), values, experts, tokens);
-      const distribution = probabilities === undefined ? chosenProbabilities(choices) : firstColumns(await read(probabilities), tokens, experts);
+      const choices =
+        ids === undefined
+          ? fromDense(values, experts)
+          : fromSparse(Int32Array.from(await read(ids)), values, experts, tokens);
+      const distribution =
+        probabilities === undefined
+          ? chosenProbabilities(choices)
+          : firstColumns(await read(probabilities), tokens, experts);
       layers.push({ ...choices, probabilities: distribution });
     }
     const [loss = 0] = await read(kept.loss);
@@ -105,7 +113,10 @@ const fromDense = (weights: Float32Array, experts: number): Choices => ({
 /** The columns of the real experts, null ones left out. */
 function firstColumns(rows: Float64Array, tokens: number, experts: number): Float32Array {
   const width = tokens === 0 ? experts : rows.length / tokens;
-  return Float32Array.from({ length: tokens * experts }, (_, i) => rows[Math.floor(i / experts) * width + (i % experts)] ?? 0);
+  return Float32Array.from(
+    { length: tokens * experts },
+    (_, i) => rows[Math.floor(i / experts) * width + (i % experts)] ?? 0,
+  );
 }
 
 /** Keeps the positions for which `keep` is true. */
@@ -151,7 +162,9 @@ export function layerRouting(now: LayerChoices, labels: Uint8Array, domains: num
   const load = loadByLabel(now, labels, domains);
   const all = expertLoad(now);
   return {
-    load: Array.from({ length: domains }, (_, d) => [...load.subarray(d * now.experts, (d + 1) * now.experts)].map(rounded)),
+    load: Array.from({ length: domains }, (_, d) =>
+      [...load.subarray(d * now.experts, (d + 1) * now.experts)].map(rounded),
+    ),
     entropy: rounded(routingEntropy(now.probabilities, now.experts)),
     imbalance: rounded(loadImbalance(all)),
     dead: deadExperts(all),

@@ -52,8 +52,15 @@ describe("renderReport", () => {
     const reading = document.querySelector(".reading");
     const spans = [...(reading?.querySelectorAll(".t") ?? [])];
     const sample = results.runs[0]?.samples[0];
-    expect(spans.map((span) => span.getAttribute("data-text")).join("")).toBe(sample?.tokens.map(({ text }) => text).join(""));
-    expect(spans.filter((span) => span.classList.contains("prompt")).map((s) => s.textContent).join("")).toBe("It was");
+    expect(spans.map((span) => span.getAttribute("data-text")).join("")).toBe(
+      sample?.tokens.map(({ text }) => text).join(""),
+    );
+    expect(
+      spans
+        .filter((span) => span.classList.contains("prompt"))
+        .map((s) => s.textContent)
+        .join(""),
+    ).toBe("It was");
     const routes = JSON.parse(reading?.querySelector("script")?.textContent ?? "null");
     expect(routes).toHaveLength(spans.length);
     const [experts, weights] = routes[4][1];
@@ -99,7 +106,9 @@ describe("finding", () => {
   const of = (...summary: ReturnType<typeof row>[]): string => finding({ ...results, summary });
 
   test("claims no more than the seeds allow", () => {
-    expect(of(row("a", 2.5, 0.01), row("b", 2.6, 0.02))).toContain("b follows 0.100 behind; the 95 % intervals over the seeds do not overlap");
+    expect(of(row("a", 2.5, 0.01), row("b", 2.6, 0.02))).toContain(
+      "b follows 0.100 behind; the 95 % intervals over the seeds do not overlap",
+    );
     expect(of(row("a", 2.5, 0.1), row("b", 2.6, 0.02))).toContain("overlap, so the order is not certain");
     expect(of(row("a", 2.5), row("b", 2.4))).toContain("b needs 2.400 bits per byte");
     expect(of(row("a", 2.5), row("b", 2.4))).toContain("within chance");
@@ -116,11 +125,26 @@ describe("spread", () => {
   test.each([
     [[], []],
     [[10], [10]],
-    [[10, 40], [10, 40]],
-    [[10, 12], [3.5, 18.5]],
-    [[12, 10], [18.5, 3.5]],
-    [[10, 10, 10], [-5, 10, 25]],
-    [[0, 1, 100], [-7, 8, 100]],
+    [
+      [10, 40],
+      [10, 40],
+    ],
+    [
+      [10, 12],
+      [3.5, 18.5],
+    ],
+    [
+      [12, 10],
+      [18.5, 3.5],
+    ],
+    [
+      [10, 10, 10],
+      [-5, 10, 25],
+    ],
+    [
+      [0, 1, 100],
+      [-7, 8, 100],
+    ],
   ])("%j -> %j", (positions, expected) => expect(spread(positions, 15)).toEqual(expected));
 });
 

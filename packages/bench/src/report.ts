@@ -1,9 +1,15 @@
 // One self-contained HTML file about a comparison: no network, light and dark, readable on a phone and without colour vision.
-import { domainFigure, lossFigure, loadFigure, routingFigures, type Style, styleOf, swatch } from "./figures.ts";
+import { domainFigure, loadFigure, lossFigure, routingFigures, type Style, styleOf, swatch } from "./figures.ts";
 import type { OverSeeds, Results, RunResult, Sample, SampleToken } from "./results.ts";
 import { columns, shortCount } from "./summary.ts";
 
-const escapes: Readonly<Record<string, string>> = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
+const escapes: Readonly<Record<string, string>> = {
+  "&": "&amp;",
+  "<": "&lt;",
+  ">": "&gt;",
+  '"': "&quot;",
+  "'": "&#39;",
+};
 const escapeHtml = (text: string): string => text.replace(/[&<>"']/g, (c) => escapes[c] ?? c);
 
 const css = `
@@ -134,7 +140,10 @@ function byWeight(layer: SampleToken["layers"][number] | undefined): readonly [n
 function tokenHtml(token: SampleToken, inPrompt: boolean, layer: number): string {
   const routes = token.layers.map(byWeight);
   const title = routes
-    .map(([experts, weights], l) => `layer ${l + 1}: ${experts.map((e, j) => `expert ${e} (${weights[j]?.toFixed(2)})`).join(", ")}`)
+    .map(
+      ([experts, weights], l) =>
+        `layer ${l + 1}: ${experts.map((e, j) => `expert ${e} (${weights[j]?.toFixed(2)})`).join(", ")}`,
+    )
     .join("\n");
   const first = routes[layer]?.[0][0];
   const shown = escapeHtml(token.text).replaceAll("\n", '<span class="note">↵</span>\n');
@@ -158,7 +167,8 @@ function sampleHtml(run: RunResult, sample: Sample): string {
   );
   const chips = Array.from(
     { length: run.experts },
-    (_, e) => `<button type="button" class="chip" data-h="${hue(e)}" style="--h:${hue(e)}" aria-pressed="false">${e}</button>`,
+    (_, e) =>
+      `<button type="button" class="chip" data-h="${hue(e)}" style="--h:${hue(e)}" aria-pressed="false">${e}</button>`,
   );
   // A "<" inside the JSON could end the script element.
   const routes = JSON.stringify(sample.tokens.map((token) => token.layers.map(byWeight))).replaceAll("<", "\\u003c");
@@ -193,7 +203,10 @@ function tableHtml(results: Results, styles: ReadonlyMap<string, Style>): string
   const baselines = results.baselines.map(
     ({ name, bitsPerByte }) =>
       `<tr class="baseline"><th scope="row">${escapeHtml(name)}</th><td data-label="bits/byte"><span>${bitsPerByte.toFixed(3)}</span></td>` +
-      `${columns.slice(1).map(() => "<td></td>").join("")}</tr>`,
+      `${columns
+        .slice(1)
+        .map(() => "<td></td>")
+        .join("")}</tr>`,
   );
   const heads = columns.map(({ title, meaning }) => `<th scope="col" title="${escapeHtml(meaning)}">${title}</th>`);
   return `<table><thead><tr><th scope="col">router</th>${heads.join("")}</tr></thead><tbody>${rows.join("")}${baselines.join("")}</tbody></table>`;
@@ -207,7 +220,9 @@ export function finding({ summary, baselines, domains }: Results): string {
   const bits = best.bitsPerByte.mean.toFixed(3);
   const where = domains.length > 1 ? `, mean over ${domains.length} domains` : "";
   const lead = `${best.router} needs ${bits} bits per byte of text it has not seen${where}`;
-  const beaten = baselines.filter(({ bitsPerByte }) => best.bitsPerByte.mean < bitsPerByte).sort((a, b) => b.order - a.order)[0];
+  const beaten = baselines
+    .filter(({ bitsPerByte }) => best.bitsPerByte.mean < bitsPerByte)
+    .sort((a, b) => b.order - a.order)[0];
   const against =
     baselines.length === 0
       ? ""
@@ -248,7 +263,8 @@ export function renderReport(results: Results): string {
     return `<h3>${style === undefined ? "" : swatch(style)} ${escapeHtml(name)}</h3>`;
   };
   const title = routers.length === 1 ? `Training with ${routers[0]}` : `${routers.length} routers compared`;
-  const trained = run === undefined ? "" : ` ${run.steps} steps of ${shortCount(run.tokens / Math.max(1, run.steps))} tokens each`;
+  const trained =
+    run === undefined ? "" : ` ${run.steps} steps of ${shortCount(run.tokens / Math.max(1, run.steps))} tokens each`;
   const legend = routers.map((name) => {
     const style = styles.get(name);
     return `<span>${style === undefined ? "" : swatch(style)} ${escapeHtml(name)}</span>`;

@@ -14,7 +14,9 @@ describe("parseResults", () => {
   test("a damaged file is named with the place that does not fit", () => {
     const text = JSON.stringify(exampleResults());
     expect(() => parseResults(text.slice(0, 1000), "runs/a/results.json")).toThrow(CheckpointError);
-    expect(() => parseResults(text.slice(0, 1000), "runs/a/results.json")).toThrow("runs/a/results.json: not valid JSON");
+    expect(() => parseResults(text.slice(0, 1000), "runs/a/results.json")).toThrow(
+      "runs/a/results.json: not valid JSON",
+    );
     const damaged = text.replace('"expertWidth":128', '"expertWidth":-128');
     expect(() => parseResults(damaged)).toThrow(/^results\.json: runs\.0\.expertWidth: .*>=0/);
     expect(() => parseResults('{"schema":"other"}')).toThrow(CheckpointError);

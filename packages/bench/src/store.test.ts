@@ -42,16 +42,21 @@ describe("writableFolder", () => {
     expect(() => writableFolder(join(folder, "file", "below"))).toThrow("a part of the path is a file");
   });
 
-  test.skipIf(process.getuid?.() === 0 || process.platform === "win32")("a read-only folder is refused (not as root)", () => {
-    const locked = join(folder, "locked");
-    mkdirSync(locked);
-    chmodSync(locked, 0o500);
-    expect(() => writableFolder(locked)).toThrow("permission denied");
-  });
+  test.skipIf(process.getuid?.() === 0 || process.platform === "win32")(
+    "a read-only folder is refused (not as root)",
+    () => {
+      const locked = join(folder, "locked");
+      mkdirSync(locked);
+      chmodSync(locked, 0o500);
+      expect(() => writableFolder(locked)).toThrow("permission denied");
+    },
+  );
 });
 
 test("reading what is not there names the file", () => {
-  expect(() => readText(join(folder, "none.json"))).toThrow(`cannot read ${join(folder, "none.json")}: no such file or folder`);
+  expect(() => readText(join(folder, "none.json"))).toThrow(
+    `cannot read ${join(folder, "none.json")}: no such file or folder`,
+  );
 });
 
 describe("snapshots", () => {

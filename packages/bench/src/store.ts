@@ -1,6 +1,16 @@
 // Files of a run: written whole or not at all, and a file for a trainer's snapshot that notices damage. Runs in Node.
 import { createHash, randomUUID } from "node:crypto";
-import { closeSync, existsSync, fsyncSync, mkdirSync, openSync, readFileSync, renameSync, rmSync, writeSync } from "node:fs";
+import {
+  closeSync,
+  existsSync,
+  fsyncSync,
+  mkdirSync,
+  openSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  writeSync,
+} from "node:fs";
 import { basename, dirname, join } from "node:path";
 import { CheckpointError, type DType, type TypedArray } from "@switchyard/core";
 import type { TrainerSnapshot } from "@switchyard/core/train";
@@ -113,7 +123,13 @@ export function writeSnapshot(path: string, snapshot: TrainerSnapshot, more: unk
   const head = {
     json: snapshot.json,
     more,
-    arrays: arrays.map(([name, { data, shape, dtype }]) => ({ name, kind: kindOf(data), dtype, shape, bytes: data.byteLength })),
+    arrays: arrays.map(([name, { data, shape, dtype }]) => ({
+      name,
+      kind: kindOf(data),
+      dtype,
+      shape,
+      bytes: data.byteLength,
+    })),
   };
   const text = Buffer.from(JSON.stringify(head));
   const length = Buffer.alloc(8);

@@ -26,7 +26,9 @@ describe("summarise", () => {
     const last = first?.checkpoints.at(-1)?.layers ?? [];
     expect(row?.entropy).toEqual({ mean: ((last[0]?.entropy ?? 0) + (last[1]?.entropy ?? 0)) / 2 });
     expect(summarise(runs.filter(({ router }) => router === "switchRouter"))[0]?.dead.mean).toBe(2);
-    const moved = (first?.checkpoints ?? []).slice(1).flatMap(({ layers }) => layers.map((l) => l.fluctuation ?? Number.NaN));
+    const moved = (first?.checkpoints ?? [])
+      .slice(1)
+      .flatMap(({ layers }) => layers.map((l) => l.fluctuation ?? Number.NaN));
     expect(row?.fluctuation.mean).toBeCloseTo(moved.reduce((a, b) => a + b) / moved.length, 12);
   });
 
@@ -46,7 +48,14 @@ test("the text table lines up, baselines included", () => {
 });
 
 test("numbers as people read them", () => {
-  expect([0, 999, 1000, 45_612, 999_499, 1_234_567].map(shortCount)).toEqual(["0", "999", "1.00k", "45.6k", "999k", "1.23M"]);
+  expect([0, 999, 1000, 45_612, 999_499, 1_234_567].map(shortCount)).toEqual([
+    "0",
+    "999",
+    "1.00k",
+    "45.6k",
+    "999k",
+    "1.23M",
+  ]);
   expect(overSeedsText({ mean: 2.3456 }, 3)).toBe("2.346");
   expect(overSeedsText({ mean: 2.3456, halfWidth: 0.0412 }, 2)).toBe("2.35 ± 0.04");
 });

@@ -59,7 +59,8 @@ export interface Column {
 export const columns: readonly Column[] = [
   {
     title: "bits/byte",
-    meaning: "Held-out loss: bits the model needs per byte of text it has not seen, mean over the domains. Lower is better.",
+    meaning:
+      "Held-out loss: bits the model needs per byte of text it has not seen, mean over the domains. Lower is better.",
     text: (row) => overSeedsText(row.bitsPerByte, 3),
   },
   {

@@ -21,8 +21,13 @@ function prose(letters: string, sentences: number): string {
     state = (state * 1_103_515_245 + 12_345) % 2 ** 31;
     return Math.floor((state / 2 ** 31) * n);
   };
-  const words = Array.from({ length: 60 }, () => Array.from({ length: 2 + next(5) }, () => letters[next(letters.length)]).join(""));
-  return Array.from({ length: sentences }, () => `${Array.from({ length: 5 + next(6) }, () => words[next(60)]).join(" ")}.`).join("\n");
+  const words = Array.from({ length: 60 }, () =>
+    Array.from({ length: 2 + next(5) }, () => letters[next(letters.length)]).join(""),
+  );
+  return Array.from(
+    { length: sentences },
+    () => `${Array.from({ length: 5 + next(6) }, () => words[next(60)]).join(" ")}.`,
+  ).join("\n");
 }
 
 interface Ran {
@@ -75,7 +80,8 @@ describe("train", () => {
   test("ends well, with a table, a sample and where the report is", () => {
     expect(whole.error).not.toContain("switchyard:");
     expect(whole.code).toBe(0);
-    for (const router of ["topK", "switchRouter", "reMoE"]) expect(whole.out).toMatch(new RegExp(`^${router} +\\d\\.\\d{3} `, "m"));
+    for (const router of ["topK", "switchRouter", "reMoE"])
+      expect(whole.out).toMatch(new RegExp(`^${router} +\\d\\.\\d{3} `, "m"));
     expect(whole.out).toMatch(/^order-2 bytes +\d\.\d{3}/m);
     expect(whole.out).toMatch(/topK writes \(\d+ % of the words occur in the training text\)/);
     expect(whole.out).toContain(join("whole", "report.html"));
@@ -129,7 +135,10 @@ describe("train", () => {
   });
 
   test("interrupted in two runs and resumed, it ends with the same numbers", async () => {
-    const first = await run(["train", ...text, ...tiny, "--steps", "12", "--name", "stopped"], /1\/3 topK seed 1 {2}step 5\//);
+    const first = await run(
+      ["train", ...text, ...tiny, "--steps", "12", "--name", "stopped"],
+      /1\/3 topK seed 1 {2}step 5\//,
+    );
     expect(first.code).toBe(130);
     expect(first.error).toContain("switchyard train --resume");
     expect(results("stopped")).toMatchObject({ complete: false, runs: [] });
@@ -195,7 +204,12 @@ describe("refusals are one line on standard error, with exit code 1, and leave n
     const before = readdirSync(root, { recursive: true }).sort();
     const { code, out, error } = await run(["train", ...args]);
     expect(error).toContain(message);
-    expect(error.trimEnd().split("\n").filter((line) => line.startsWith("switchyard:"))).toHaveLength(1);
+    expect(
+      error
+        .trimEnd()
+        .split("\n")
+        .filter((line) => line.startsWith("switchyard:")),
+    ).toHaveLength(1);
     expect(error.trimEnd().split("\n").at(-1)).toMatch(/^switchyard: /);
     expect([code, out]).toEqual([1, ""]);
     expect(readdirSync(root, { recursive: true }).sort()).toEqual(before);
@@ -210,7 +224,10 @@ describe("refusals are one line on standard error, with exit code 1, and leave n
   });
 
   test("routers", async () => {
-    await refused([...text, ...basic, "--router", "topK,best"], 'unknown router "best"; the routers are topK, switchRouter, reMoE, expertChoice');
+    await refused(
+      [...text, ...basic, "--router", "topK,best"],
+      'unknown router "best"; the routers are topK, switchRouter, reMoE, expertChoice',
+    );
     await refused([...text, ...basic, "--router", "expertChoice"], "looking at later tokens");
   });
 
@@ -230,19 +247,28 @@ describe("refusals are one line on standard error, with exit code 1, and leave n
   });
 
   test("folders", async () => {
-    await refused([...text, ...tiny, "--steps", "3", "--name", "whole"], "is not empty; choose another --name, or continue that run with --resume");
-    await refused([...text, "--size", "tiny", "--backend", "cpu", "--out", path("in-the-way")], "a part of the path is a file");
+    await refused(
+      [...text, ...tiny, "--steps", "3", "--name", "whole"],
+      "is not empty; choose another --name, or continue that run with --resume",
+    );
+    await refused(
+      [...text, "--size", "tiny", "--backend", "cpu", "--out", path("in-the-way")],
+      "a part of the path is a file",
+    );
     await refused(["--resume", path("nowhere")], "there is no folder");
     await refused(["--resume", path("letters")], "holds no run.json");
     await refused(["--resume", path("runs", "whole"), "--size", "base"], "leave out --size");
     await refused(["--resume", path("runs", "whole"), ...text], "leave out");
   });
 
-  test.skipIf(process.getuid?.() === 0 || process.platform === "win32")("a read-only output folder (not as root)", async () => {
-    mkdirSync(path("locked"));
-    chmodSync(path("locked"), 0o500);
-    await refused([...text, "--size", "tiny", "--backend", "cpu", "--out", path("locked")], "permission denied");
-  });
+  test.skipIf(process.getuid?.() === 0 || process.platform === "win32")(
+    "a read-only output folder (not as root)",
+    async () => {
+      mkdirSync(path("locked"));
+      chmodSync(path("locked"), 0o500);
+      await refused([...text, "--size", "tiny", "--backend", "cpu", "--out", path("locked")], "permission denied");
+    },
+  );
 
   test("a damaged run", async () => {
     const args = ["train", ...text, ...tiny, "--steps", "4", "--router", "topK", "--name", "damaged"];
@@ -260,7 +286,10 @@ describe("refusals are one line on standard error, with exit code 1, and leave n
 
   test("text that has changed since", async () => {
     writeFileSync(path("changing.txt"), prose("aeiou", 100));
-    await run(["train", path("changing.txt"), ...tiny, "--steps", "4", "--router", "topK", "--name", "changing"], /step 2\//);
+    await run(
+      ["train", path("changing.txt"), ...tiny, "--steps", "4", "--router", "topK", "--name", "changing"],
+      /step 2\//,
+    );
     writeFileSync(path("changing.txt"), prose("aeiouy", 100));
     await refused(["--resume", path("runs", "changing")], "the text has changed since");
   });
@@ -273,12 +302,28 @@ describe("help", () => {
   test("train --help lists every option and an example", async () => {
     const { code, out } = await run(["train", "--help"]);
     expect(code).toBe(0);
-    for (const option of ["time", "steps", "size", "router", "backend", "threads", "seed", "seeds", "out", "name", "resume", "json"]) {
+    for (const option of [
+      "time",
+      "steps",
+      "size",
+      "router",
+      "backend",
+      "threads",
+      "seed",
+      "seeds",
+      "out",
+      "name",
+      "resume",
+      "json",
+    ]) {
       expect(out).toContain(`--${option}`);
     }
     expect(out).toContain("switchyard train novel.txt speeches/ --router topK,reMoE:k=1 --time 5m");
   });
   test("an unknown command lists the known ones", async () => {
-    expect(await run(["teach"])).toMatchObject({ code: 1, error: 'switchyard: unknown command "teach"; the commands are train and help\n' });
+    expect(await run(["teach"])).toMatchObject({
+      code: 1,
+      error: 'switchyard: unknown command "teach"; the commands are train and help\n',
+    });
   });
 });

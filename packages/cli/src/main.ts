@@ -28,9 +28,17 @@ const trainArgs = {
     valueHint: "A,B,C",
   },
   backend: { type: "string", description: "wasm or cpu, the slow reference (default wasm)", valueHint: "NAME" },
-  threads: { type: "string", description: "Threads of the wasm backend (default: what the machine has)", valueHint: "N" },
+  threads: {
+    type: "string",
+    description: "Threads of the wasm backend (default: what the machine has)",
+    valueHint: "N",
+  },
   seed: { type: "string", description: "Seed of text, weights and batches (default 1)", valueHint: "N" },
-  seeds: { type: "string", description: "Runs per router, with seeds counted up; gives intervals (default 1)", valueHint: "N" },
+  seeds: {
+    type: "string",
+    description: "Runs per router, with seeds counted up; gives intervals (default 1)",
+    valueHint: "N",
+  },
   out: { type: "string", description: "Folder for runs (default runs)", valueHint: "DIR" },
   name: { type: "string", description: "Name of this run (default: date and time)", valueHint: "NAME" },
   resume: { type: "string", description: "Continue an interrupted run with its own settings", valueHint: "DIR" },
@@ -38,8 +46,14 @@ const trainArgs = {
 } as const satisfies ArgsDef;
 
 const trainCommand = defineCommand({
-  meta: { name: "switchyard train", description: "Train small Mixture-of-Experts language models on text and compare their routers" },
-  args: { paths: { type: "positional", description: "Text files or folders, each one domain", required: false }, ...trainArgs },
+  meta: {
+    name: "switchyard train",
+    description: "Train small Mixture-of-Experts language models on text and compare their routers",
+  },
+  args: {
+    paths: { type: "positional", description: "Text files or folders, each one domain", required: false },
+    ...trainArgs,
+  },
 });
 
 const overview = `switchyard: Mixture-of-Experts in TypeScript
@@ -65,7 +79,8 @@ export async function main(argv: readonly string[], options: CommandLine = {}): 
       streams.out(overview);
       return 0;
     }
-    if (command !== "train") throw new UnsupportedError(`unknown command "${command}"; the commands are train and help`);
+    if (command !== "train")
+      throw new UnsupportedError(`unknown command "${command}"; the commands are train and help`);
     return await trainFrom(rest, options, streams);
   } catch (error) {
     streams.error(`${errorText(error)}\n`);
@@ -97,8 +112,11 @@ async function trainFrom(rest: readonly string[], options: CommandLine, streams:
   }
   const args = checkArgs(given);
   if (args.resume !== undefined) {
-    const kept = ["time", "steps", "size", "router", "backend", "seed", "seeds", "out", "name"].filter((name) => given[name] !== undefined);
-    if (kept.length > 0) throw new UnsupportedError(`--resume keeps the run's own settings; leave out --${kept.join(", --")}`);
+    const kept = ["time", "steps", "size", "router", "backend", "seed", "seeds", "out", "name"].filter(
+      (name) => given[name] !== undefined,
+    );
+    if (kept.length > 0)
+      throw new UnsupportedError(`--resume keeps the run's own settings; leave out --${kept.join(", --")}`);
   }
   const control = new AbortController();
   const screen = display(streams);
@@ -139,13 +157,18 @@ function report({ status, folder, results }: Outcome, json: boolean, command: st
     streams.out(`\n${tableText(results.summary, results.baselines)}\n`);
     if (run !== undefined && sample !== undefined) {
       const known = Math.round(100 * sample.knownWords);
-      streams.out(`\n${run.router} writes (${known} % of the words occur in the training text):\n\n${sample.prompt}${sample.text}\n`);
+      streams.out(
+        `\n${run.router} writes (${known} % of the words occur in the training text):\n\n${sample.prompt}${sample.text}\n`,
+      );
     }
   }
   if (status === "interrupted") {
     streams.error(`\nSaved. Continue with: ${command} --resume ${where}\n`);
     return 130;
   }
-  if (!json) streams.out(`\nReport: ${join(where, "report.html")}\nModels: ${results.runs.map(({ model }) => join(where, basename(model))).join(", ")}\n`);
+  if (!json)
+    streams.out(
+      `\nReport: ${join(where, "report.html")}\nModels: ${results.runs.map(({ model }) => join(where, basename(model))).join(", ")}\n`,
+    );
   return 0;
 }

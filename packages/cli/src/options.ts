@@ -2,7 +2,7 @@
 import { UnsupportedError } from "@switchyard/core";
 import * as v from "valibot";
 import { defaultRouters } from "./routers.ts";
-import { sizes } from "./sizes.ts";
+import type { sizes } from "./sizes.ts";
 
 const sizeNames = ["tiny", "small", "base"] as const satisfies readonly (keyof typeof sizes)[];
 
@@ -23,13 +23,21 @@ const duration = v.pipe(
 const whole = (least: number, most = 2 ** 31 - 1): v.GenericSchema<string, number> =>
   v.pipe(
     v.string(),
-    v.check((text) => /^\d+$/.test(text) && Number(text) >= least && Number(text) <= most, `takes a whole number from ${least}`),
+    v.check(
+      (text) => /^\d+$/.test(text) && Number(text) >= least && Number(text) <= most,
+      `takes a whole number from ${least}`,
+    ),
     v.transform(Number),
   );
 
 const list: v.GenericSchema<string, string[]> = v.pipe(
   v.string(),
-  v.transform((text) => text.split(",").map((part) => part.trim()).filter((part) => part !== "")),
+  v.transform((text) =>
+    text
+      .split(",")
+      .map((part) => part.trim())
+      .filter((part) => part !== ""),
+  ),
   v.check((parts) => parts.length > 0, "takes names, separated by commas"),
 );
 
@@ -43,7 +51,9 @@ const argsSchema = v.object({
   seed: v.optional(whole(0), "1"),
   seeds: v.optional(whole(1, 1000), "1"),
   out: v.optional(v.pipe(v.string(), v.nonEmpty("takes a folder")), "runs"),
-  name: v.optional(v.pipe(v.string(), v.regex(/^[\w.-]*\w[\w.-]*$/, "takes letters, digits, dots, dashes and underscores"))),
+  name: v.optional(
+    v.pipe(v.string(), v.regex(/^[\w.-]*\w[\w.-]*$/, "takes letters, digits, dots, dashes and underscores")),
+  ),
   resume: v.optional(v.pipe(v.string(), v.nonEmpty("takes the folder of a run"))),
   json: v.optional(v.boolean(), false),
 });
@@ -100,4 +110,3 @@ export const runFileSchema: v.GenericSchema<RunFile> = v.object({
   text: v.string(),
   seconds: v.number(),
 });
-

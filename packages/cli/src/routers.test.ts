@@ -55,6 +55,8 @@ describe("expertSizes", () => {
 });
 
 test("every router of the package can be named", async () => {
-  const exported = Object.entries(await import("@switchyard/routers")).filter(([, value]) => typeof value === "function");
+  const exported = Object.entries(await import("@switchyard/routers")).filter(
+    ([, value]) => typeof value === "function",
+  );
   expect(exported.map(([name]) => name).sort()).toEqual([...routerNames].sort());
 });

@@ -50,7 +50,9 @@ export function routerFrom(specification: string): NamedRouter {
   const given = parts.map((part): [string, OptionValue] => {
     const [option = "", ...rest] = part.split("=");
     if (option === "" || rest.length === 0) {
-      throw new UnsupportedError(`router "${specification}": "${part}" is not option=value; write for example topK:k=2`);
+      throw new UnsupportedError(
+        `router "${specification}": "${part}" is not option=value; write for example topK:k=2`,
+      );
     }
     return [option, value(rest.join("="))];
   });
@@ -58,7 +60,9 @@ export function routerFrom(specification: string): NamedRouter {
   const options = Object.keys(plugin.options ?? {});
   const wrong = given.find(([option]) => !options.includes(option));
   if (wrong !== undefined) {
-    throw new UnsupportedError(`router "${specification}": ${name} has no option "${wrong[0]}"; its options are ${options.join(", ")}`);
+    throw new UnsupportedError(
+      `router "${specification}": ${name} has no option "${wrong[0]}"; its options are ${options.join(", ")}`,
+    );
   }
   if (!plugin.causal.training || !plugin.causal.evaluation) {
     throw new UnsupportedError(

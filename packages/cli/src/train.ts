@@ -93,7 +93,11 @@ function fingerprint(domains: readonly Domain[]): string {
 const runFileName = "run.json";
 
 /** Where the run lives and what it was told, from the command line or from the run that is resumed. */
-function plan(args: TrainArgs, paths: readonly string[], now: Date): { folder: string; settings: RunSettings; earlier?: RunFile } {
+function plan(
+  args: TrainArgs,
+  paths: readonly string[],
+  now: Date,
+): { folder: string; settings: RunSettings; earlier?: RunFile } {
   if (args.resume !== undefined) {
     const folder = args.resume;
     const file = join(folder, runFileName);
@@ -110,7 +114,9 @@ function plan(args: TrainArgs, paths: readonly string[], now: Date): { folder: s
   }
   const folder = join(args.out, args.name ?? defaultName(now));
   if (existsSync(folder) && readdirSync(folder).length > 0) {
-    throw new UnsupportedError(`${folder} is not empty; choose another --name, or continue that run with --resume ${folder}`);
+    throw new UnsupportedError(
+      `${folder} is not empty; choose another --name, or continue that run with --resume ${folder}`,
+    );
   }
   const { size, router: routers, backend, seed, seeds } = args;
   const where = paths.length === 0 ? {} : { paths: paths.map((path) => resolve(path)) };
@@ -130,7 +136,8 @@ async function openBackend(name: "wasm" | "cpu", threads: number | undefined): P
     const { wasm } = await import("@switchyard/kernels/wasm");
     return open(await wasm(threads === undefined ? {} : { threads }));
   }
-  if (threads !== undefined && threads > 1) throw new UnsupportedError("--threads: the cpu backend runs on one thread; use --backend wasm");
+  if (threads !== undefined && threads > 1)
+    throw new UnsupportedError("--threads: the cpu backend runs on one thread; use --backend wasm");
   const { cpu } = await import("@switchyard/core/cpu");
   return open(cpu());
 }
@@ -172,7 +179,13 @@ function contenderOf(host: Engine, { label, plugin }: NamedRouter, size: Size, t
         parameters: { total, active: Math.round(active) },
         async generate(params, buffers, prompt, count, start) {
           const ids: number[] = [];
-          const written = generate(model.with({ params, buffers }), { prompt, maxNew: count, seed: start, temperature: 0.7, topP: 0.9 });
+          const written = generate(model.with({ params, buffers }), {
+            prompt,
+            maxNew: count,
+            seed: start,
+            temperature: 0.7,
+            topP: 0.9,
+          });
           for await (const { id } of written) ids.push(id);
           return Int32Array.from(ids);
         },
@@ -186,7 +199,12 @@ function contenderOf(host: Engine, { label, plugin }: NamedRouter, size: Size, t
 
 function codecOf(text: Tokenizer): Codec {
   const [separator = 0] = text.special.values();
-  return { vocabulary: text.vocabulary, separator, encode: (part) => text.encode(part), bytes: (ids) => text.bytes(ids) };
+  return {
+    vocabulary: text.vocabulary,
+    separator,
+    encode: (part) => text.encode(part),
+    bytes: (ids) => text.bytes(ids),
+  };
 }
 
 function baselinesOf(domains: readonly Domain[]): readonly Baseline[] {
@@ -219,7 +237,17 @@ export async function train(args: TrainArgs, paths: readonly string[], context: 
   const fresh = !existsSync(folder);
   writableFolder(folder);
   try {
-    return await inFolder(args, context, { folder, settings, routers, size, corpora, domains, text, started, ...(earlier ? { earlier } : {}) });
+    return await inFolder(args, context, {
+      folder,
+      settings,
+      routers,
+      size,
+      corpora,
+      domains,
+      text,
+      started,
+      ...(earlier ? { earlier } : {}),
+    });
   } finally {
     // A folder made for a run that never began is not left behind.
     if (fresh && readdirSync(folder).length === 0) rmdirSync(folder);

@@ -1,6 +1,17 @@
 // The cache of a transformer: keys, values and the routers' own state of earlier positions, per layer. It grows by
 // copying.
-import { alias, concat, dispose, type Engine, mapTree, ShapeError, slice, type Tensor, type Tree, takeRows } from "@switchyard/core";
+import {
+  alias,
+  concat,
+  dispose,
+  type Engine,
+  mapTree,
+  ShapeError,
+  slice,
+  type Tensor,
+  type Tree,
+  takeRows,
+} from "@switchyard/core";
 import type { KvCache } from "./model.ts";
 
 type LayerState = {

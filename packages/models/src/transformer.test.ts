@@ -1,6 +1,16 @@
 // The transformer against naive loops, cached against uncached, step against forward, refusals, counts and live
 // handles.
-import { type Engine, leaves, mul, random, sum, type Tensor, type Tree, UnsupportedError, valueAndGrad } from "@switchyard/core";
+import {
+  type Engine,
+  leaves,
+  mul,
+  random,
+  sum,
+  type Tensor,
+  type Tree,
+  UnsupportedError,
+  valueAndGrad,
+} from "@switchyard/core";
 import type { RouterPlugin } from "@switchyard/core/moe";
 import { describe, expect, it } from "vitest";
 import { loudModel, makeEngine, naiveForward, plainTopK, readAll, smallConfig } from "./models.test-util.ts";

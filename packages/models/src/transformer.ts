@@ -1,7 +1,28 @@
 // A decoder-only Mixture-of-Experts transformer: pre-norm RMS normalisation (1910.07467), rotary positions
 // (2104.09864), grouped-query attention (2305.13245) and SwiGLU experts (2002.05202) behind any router. One definition
 // trains and runs.
-import { add, affine, attention, type Engine, hostConstant, leaves, linear, random as makeRandom, maximum, minimum, type Random, reshape, rmsNorm, rope, ShapeError, slice, type Tensor, type Tree, takeRows, UnsupportedError } from "@switchyard/core";
+import {
+  add,
+  affine,
+  attention,
+  type Engine,
+  hostConstant,
+  leaves,
+  linear,
+  random as makeRandom,
+  maximum,
+  minimum,
+  type Random,
+  reshape,
+  rmsNorm,
+  rope,
+  ShapeError,
+  slice,
+  type Tensor,
+  type Tree,
+  takeRows,
+  UnsupportedError,
+} from "@switchyard/core";
 import {
   type Experts,
   glu,

@@ -1,5 +1,13 @@
 // Moving tensors between a model and a checkpoint: reading with the shape checked, and writing without a second copy.
-import { CheckpointError, type DType, type Engine, type Json, type Tensor, type TypedArray, UnsupportedError } from "@switchyard/core";
+import {
+  CheckpointError,
+  type DType,
+  type Engine,
+  type Json,
+  type Tensor,
+  type TypedArray,
+  UnsupportedError,
+} from "@switchyard/core";
 import type { Checkpoint } from "./model.ts";
 import { quote, type TensorSource, toFloat32 } from "./safetensors.ts";
 

@@ -4,7 +4,19 @@
 //   each expert takes the n = floor(tokens c / experts) tokens of largest S in its column
 //   y = Σ S E(x) over the experts that took the token: none, some or all
 // A token's fate depends on the others of the batch, later ones included: not causal.
-import { gatherLast, less, linear, reshape, softmax, type Tensor, type Tree, topkIndices, transpose, UnsupportedError, where } from "@switchyard/core";
+import {
+  gatherLast,
+  less,
+  linear,
+  reshape,
+  softmax,
+  type Tensor,
+  type Tree,
+  topkIndices,
+  transpose,
+  UnsupportedError,
+  where,
+} from "@switchyard/core";
 import { capacityOf, type Routed, type RouterInput, type RouterPlugin } from "@switchyard/core/moe";
 import { checkNotNegative, leaf, maskOf, normalWeight, type RouterCard } from "./parts.ts";
 

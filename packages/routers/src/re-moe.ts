@@ -3,7 +3,22 @@
 //   lambda ← lambda alpha while S < 1 - k/E, else lambda / alpha   section 3.3, after each step; S = share of idle pairs
 //   loss = lambda Σ_e f_e mean_t(g_te), f_e = E count_e / (k T)    section 3.4: L1, heavier on experts in use
 // The update compares with `<`, as the authors' code does; a sign() as in the text would keep lambda when both are equal.
-import { div, hostConstant, less, linear, maximum, mul, relu, ShapeError, stopGradient, sum, sumLast, type Tensor, type Tree, where } from "@switchyard/core";
+import {
+  div,
+  hostConstant,
+  less,
+  linear,
+  maximum,
+  mul,
+  relu,
+  ShapeError,
+  stopGradient,
+  sum,
+  sumLast,
+  type Tensor,
+  type Tree,
+  where,
+} from "@switchyard/core";
 import {
   type Loss,
   maskPlan,

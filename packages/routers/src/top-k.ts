@@ -6,7 +6,22 @@
 //   sigmoid                    s = sigmoid(l), w = s_chosen / sum(s_chosen)
 // topP (2403.07652, section 2): of the sorted p, the shortest prefix whose sum reaches topP; a variable number of experts.
 // With k = 1 only softmax-topk lets the gate learn: a single weight divided by itself is always 1.
-import { cumsum, div, gatherLast, less, linear, ShapeError, sigmoid, softmax, softmaxTopk, sumLast, type Tensor, type Tree, topkIndices, where } from "@switchyard/core";
+import {
+  cumsum,
+  div,
+  gatherLast,
+  less,
+  linear,
+  ShapeError,
+  sigmoid,
+  softmax,
+  softmaxTopk,
+  sumLast,
+  type Tensor,
+  type Tree,
+  topkIndices,
+  where,
+} from "@switchyard/core";
 import {
   maskPlan,
   type Routed,

@@ -1,6 +1,18 @@
 // The gradients of a router: of its weights and losses, with respect to its parameters and to the hidden states,
 // against central differences.
-import { add, autodiff, dispose, type Engine, grad, mapTree, mul, sum, type Tensor, type Tree, watch } from "@switchyard/core";
+import {
+  add,
+  autodiff,
+  dispose,
+  type Engine,
+  grad,
+  mapTree,
+  mul,
+  sum,
+  type Tensor,
+  type Tree,
+  watch,
+} from "@switchyard/core";
 import type { Routed, Router, RouterInput } from "@switchyard/core/moe";
 import { coordinates, generator, type HostArray, uniform } from "./arrays.ts";
 import { array, collect, readTree } from "./router-answer.ts";

@@ -1,5 +1,14 @@
 // The sparse layer from router logits to combined output: choose k experts per token, sort, SwiGLU experts, combine.
-import { combineRows, dispatch, type Engine, moeExperts, scatterLast, softmaxTopk, type Tensor, takeRows } from "@switchyard/core";
+import {
+  combineRows,
+  dispatch,
+  type Engine,
+  moeExperts,
+  scatterLast,
+  softmaxTopk,
+  type Tensor,
+  takeRows,
+} from "@switchyard/core";
 import type { Benchmark, Workload } from "../harness.ts";
 import { noise } from "./data.ts";
 

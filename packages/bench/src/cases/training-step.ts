@@ -1,6 +1,20 @@
 // One training step of a small MoE language model: forward, backward and AdamW, in core's ops alone, so that other libraries can
 // do exactly the same arithmetic. Pre-norm decoder, rope, causal attention, SwiGLU experts, untied head, mean cross-entropy.
-import { add, attention, crossEntropy, embedding, linear, mean, moeExperts, reshape, rmsNorm, rope, softmaxTopk, type Tensor, valueAndGrad } from "@switchyard/core";
+import {
+  add,
+  attention,
+  crossEntropy,
+  embedding,
+  linear,
+  mean,
+  moeExperts,
+  reshape,
+  rmsNorm,
+  rope,
+  softmaxTopk,
+  type Tensor,
+  valueAndGrad,
+} from "@switchyard/core";
 import { adamw } from "@switchyard/core/train";
 import type { Benchmark } from "../harness.ts";
 import { noise, noiseIds } from "./data.ts";

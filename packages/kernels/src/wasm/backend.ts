@@ -57,7 +57,9 @@ export async function create(options: WasmOptions, shareFrom: number): Promise<W
   }
   const notes: string[] = [];
   if (variant === "plain" && options.variant === undefined) {
-    notes.push("plain SIMD build: this engine has no relaxed SIMD (Node 22 or a current browser runs about 1.4 times as fast)");
+    notes.push(
+      "plain SIMD build: this engine has no relaxed SIMD (Node 22 or a current browser runs about 1.4 times as fast)",
+    );
   }
   const sharing = threadsPossible();
   if (asked > 1 && !sharing.possible) notes.push(sharing.why);
@@ -85,7 +87,10 @@ async function start(
   const module = await compile(variant, shared);
   const memory = reserve(Math.min(MOST_PAGES, Math.floor(limit / PAGE)), shared);
   const heap = createHeap(memory.memory, HEAP_START, memory.pages * PAGE);
-  const scratch = Array.from({ length: threads }, () => heap.alloc(SCRATCH, () => "the working memory of a thread").ptr);
+  const scratch = Array.from(
+    { length: threads },
+    () => heap.alloc(SCRATCH, () => "the working memory of a thread").ptr,
+  );
   return { heap, pool: await createPool({ module, memory: memory.memory, scratch, shareFrom }) };
 }
 
@@ -144,7 +149,9 @@ function assemble(heap: Heap, pool: Pool, variant: Variant, note: string): WasmB
     upload(data, spec) {
       check();
       if (data.length !== sizeOf(spec.shape)) {
-        throw new ShapeError(`wasm: upload: [${spec.shape.join(", ")}] needs ${sizeOf(spec.shape)} elements, found ${data.length}`);
+        throw new ShapeError(
+          `wasm: upload: [${spec.shape.join(", ")}] needs ${sizeOf(spec.shape)} elements, found ${data.length}`,
+        );
       }
       const block = heap.alloc(bytesOf(spec), () => `a tensor [${spec.shape.join(", ")}] ${spec.dtype}`);
       write(device, block, data, spec);
@@ -175,7 +182,10 @@ function write(device: Device, block: Block, data: TypedArray, spec: Spec): void
   else {
     const dtypeOfData = data instanceof Int32Array ? "i32" : data instanceof Uint8Array ? "u8" : "f32";
     const source = { shape: spec.shape, dtype: dtypeOfData } as const;
-    const from = heap.alloc(bytesOf(source), () => `the conversion of an upload [${spec.shape.join(", ")}] to ${dtype}`);
+    const from = heap.alloc(
+      bytesOf(source),
+      () => `the conversion of an upload [${spec.shape.join(", ")}] to ${dtype}`,
+    );
     try {
       write(device, from, data, source);
       cast(device, { ...source, handle: from }, block, dtype);

@@ -76,7 +76,10 @@ export function createDevice(heap: Heap, pool: Pool): Device {
     threads: pool.threads,
     result(spec) {
       if (spec.reuse) return spec.reuse;
-      const block = heap.alloc(bytesOf(spec), () => `the result [${spec.shape.join(", ")}] ${spec.dtype} of ${current}`);
+      const block = heap.alloc(
+        bytesOf(spec),
+        () => `the result [${spec.shape.join(", ")}] ${spec.dtype} of ${current}`,
+      );
       results.push(block);
       return block;
     },

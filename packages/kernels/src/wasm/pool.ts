@@ -63,9 +63,11 @@ export async function createPool({ module, memory, scratch, shareFrom }: PoolOpt
   let open = true;
 
   const words = new Int32Array(memory.buffer, CONTROL, 16);
-  const started = scratch.slice(1).map((address, i) =>
-    startWorker({ module, memory, control: CONTROL, index: i + 1, scratch: address, names, spin: SPIN }),
-  );
+  const started = scratch
+    .slice(1)
+    .map((address, i) =>
+      startWorker({ module, memory, control: CONTROL, index: i + 1, scratch: address, names, spin: SPIN }),
+    );
   try {
     helpers = await Promise.all(started);
   } catch (error) {
@@ -121,7 +123,12 @@ export async function createPool({ module, memory, scratch, shareFrom }: PoolOpt
       if (!open) throw new UnsupportedError("wasm: this backend was disposed of");
       if (units <= 0) return;
       if (threads === 1 || units === 1 || cost < shareFrom) return alone(kernel, units);
-      together(id, kernel, units, Math.min(units, MAX_PIECES, Math.max(threads, Math.min(Math.ceil(cost / PIECE), threads * 8))));
+      together(
+        id,
+        kernel,
+        units,
+        Math.min(units, MAX_PIECES, Math.max(threads, Math.min(Math.ceil(cost / PIECE), threads * 8))),
+      );
     },
     dispose() {
       open = false;

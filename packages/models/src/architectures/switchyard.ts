@@ -1,6 +1,16 @@
 // Our own layout, model_type "switchyard": any router, with its options, parameters and buffers. Only Switchyard loads
 // it.
-import { CheckpointError, dispose, type Engine, type Json, leaves, mapTree, random, type Tensor, type Tree } from "@switchyard/core";
+import {
+  CheckpointError,
+  dispose,
+  type Engine,
+  type Json,
+  leaves,
+  mapTree,
+  random,
+  type Tensor,
+  type Tree,
+} from "@switchyard/core";
 import type { RouterPlugin } from "@switchyard/core/moe";
 import { isRecord } from "../checkpoint.ts";
 import { ConfigReader } from "../config-reader.ts";

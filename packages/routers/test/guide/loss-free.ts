@@ -1,7 +1,19 @@
 // Loss-free balancing (2408.15664): top-k on scores plus a bias that no gradient touches.
 //   s = sigmoid(x Wᵀ); the experts are the top k of s + b, their weights are s without b, divided by their sum
 //   after each step b_e ← b_e + rate * sign(mean load - load_e)                                 algorithm 1
-import { add, div, gatherLast, isTensor, linear, ShapeError, sigmoid, sumLast, type Tensor, type Tree, topkIndices } from "@switchyard/core";
+import {
+  add,
+  div,
+  gatherLast,
+  isTensor,
+  linear,
+  ShapeError,
+  sigmoid,
+  sumLast,
+  type Tensor,
+  type Tree,
+  topkIndices,
+} from "@switchyard/core";
 import { maskPlan, type RouterPlugin, tokenMask } from "@switchyard/core/moe";
 
 export interface LossFreeOptions {

@@ -1,7 +1,38 @@
 // A backend as a whole: transfers, handles, storage that is given away, memory, a Mixture-of-Experts layer and a
 // training step.
 // What has no closed form is compared with the float64 reference backend.
-import { type AdamwAttrs, adamwOp, add, affine, autodiff, combineRows, crossEntropy, dispatch, dispose, type Engine, embedding, engine as engineOf, grad, groupedMatmul, linear, lower, matmul, mean, mul, reshape, rmsNorm, run, type SgdAttrs, sgdOp, softmaxTopk, sub, swiglu, type Tensor, takeRows, watch } from "@switchyard/core";
+import {
+  type AdamwAttrs,
+  adamwOp,
+  add,
+  affine,
+  autodiff,
+  combineRows,
+  crossEntropy,
+  dispatch,
+  dispose,
+  type Engine,
+  embedding,
+  engine as engineOf,
+  grad,
+  groupedMatmul,
+  linear,
+  lower,
+  matmul,
+  mean,
+  mul,
+  reshape,
+  rmsNorm,
+  run,
+  type SgdAttrs,
+  sgdOp,
+  softmaxTopk,
+  sub,
+  swiglu,
+  type Tensor,
+  takeRows,
+  watch,
+} from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
 import { assertClose, floats, generator, type HostArray, integers, ints, type Tolerance, uniform } from "../arrays.ts";
 import * as oracle from "../oracles.ts";

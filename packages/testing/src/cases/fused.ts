@@ -1,6 +1,38 @@
 // Fused ops against naive loops. A case runs whether the backend has a kernel of that name or core's fallback serves
 // the op, so the same cases check both.
-import { affine, attention, broadcastTo, combineRows, crossEntropy, dispatch, div, embedding, gatherLast, gelu, groupedMatmul, groupedOuter, layerNorm, linear, logSoftmax, logSumExp, moeExperts, pad, relu, rmsNorm, rope, scatterLast, sigmoid, silu, softmax, softmaxTopk, softplus, sub, sumSquares, swiglu, type Tensor } from "@switchyard/core";
+import {
+  affine,
+  attention,
+  broadcastTo,
+  combineRows,
+  crossEntropy,
+  dispatch,
+  div,
+  embedding,
+  gatherLast,
+  gelu,
+  groupedMatmul,
+  groupedOuter,
+  layerNorm,
+  linear,
+  logSoftmax,
+  logSumExp,
+  moeExperts,
+  pad,
+  relu,
+  rmsNorm,
+  rope,
+  scatterLast,
+  sigmoid,
+  silu,
+  softmax,
+  softmaxTopk,
+  softplus,
+  sub,
+  sumSquares,
+  swiglu,
+  type Tensor,
+} from "@switchyard/core";
 import { floats, generator, type HostArray, integers, ints, sizeOf, uniform } from "../arrays.ts";
 import * as oracle from "../oracles.ts";
 import { type BackendCase, compare } from "./case.ts";

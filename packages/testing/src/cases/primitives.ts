@@ -1,5 +1,33 @@
 // The closed part of a backend: every primitive against a naive loop, with awkward sizes, ties, NaN and infinities.
-import { add, addRows, argsort, blockEnds, cast, concat, cumsum, erf, exp, floor, less, log, matmul, maximum, maxLast, mul, recip, reshape, slice, sqrt, sumTo, type Tensor, takeRows, tanh, topkIndices, transpose, where } from "@switchyard/core";
+import {
+  add,
+  addRows,
+  argsort,
+  blockEnds,
+  cast,
+  concat,
+  cumsum,
+  erf,
+  exp,
+  floor,
+  less,
+  log,
+  matmul,
+  maximum,
+  maxLast,
+  mul,
+  recip,
+  reshape,
+  slice,
+  sqrt,
+  sumTo,
+  type Tensor,
+  takeRows,
+  tanh,
+  topkIndices,
+  transpose,
+  where,
+} from "@switchyard/core";
 import { floats, generator, type HostArray, integers, ints, sizeOf, uniform } from "../arrays.ts";
 import * as oracle from "../oracles.ts";
 import { type BackendCase, compare } from "./case.ts";

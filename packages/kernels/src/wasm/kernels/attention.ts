@@ -15,7 +15,9 @@ interface Attrs {
 const padded = (n: number): number => Math.ceil(n / 8) * 8;
 
 /** Sizes of a call, from the specs of q, k and v. */
-function sizes([q, k, v]: readonly Spec[]): Readonly<Record<"batch" | "sequence" | "heads" | "d" | "total" | "kvHeads" | "dv", number>> {
+function sizes([q, k, v]: readonly Spec[]): Readonly<
+  Record<"batch" | "sequence" | "heads" | "d" | "total" | "kvHeads" | "dv", number>
+> {
   const [batch, sequence, heads, d] = (q?.shape ?? []) as readonly [number, number, number, number];
   const [, total, kvHeads] = (k?.shape ?? []) as readonly [number, number, number];
   return { batch, sequence, heads, d, total, kvHeads, dv: v?.shape[3] ?? 0 };
@@ -46,7 +48,18 @@ export function attentionKernels(device: Device): Readonly<Record<string, Kernel
         const tiles = Math.ceil((sequence * heads) / kvHeads / 8);
         const pointers = [q, k, v].map((x) => x.handle.ptr);
         const job = [...pointers, mask?.handle.ptr ?? 0, out?.ptr ?? 0, lse?.ptr ?? 0, probabilities?.ptr ?? 0];
-        job.push(sequence, total, heads, kvHeads, d, dv, bits(attrs.scale), attrs.causal ? 1 : 0, attrs.window ?? 0, tiles);
+        job.push(
+          sequence,
+          total,
+          heads,
+          kvHeads,
+          d,
+          dv,
+          bits(attrs.scale),
+          attrs.causal ? 1 : 0,
+          attrs.window ?? 0,
+          tiles,
+        );
         const cost = (batch * heads * sequence * total * (d + dv)) / 15;
         device.launch("attention", job, batch * kvHeads * tiles, cost);
         if (probabilities) {
@@ -71,7 +84,12 @@ export function attentionKernels(device: Device): Readonly<Record<string, Kernel
         const job = [...pointers, mask?.handle.ptr ?? 0, out.handle.ptr, lse.handle.ptr, 0];
         job.push(sequence, total, heads, kvHeads, d, dv, bits(attrs.scale), attrs.causal ? 1 : 0, attrs.window ?? 0, 0);
         job.push(dout.handle.ptr, ...results.map((y) => y.ptr));
-        device.launch("attentionGrad", job, batch * kvHeads, (batch * heads * sequence * total * (3 * d + 2 * dv)) / 15);
+        device.launch(
+          "attentionGrad",
+          job,
+          batch * kvHeads,
+          (batch * heads * sequence * total * (3 * d + 2 * dv)) / 15,
+        );
         return results;
       },
       refusal(backwardBytes),

@@ -47,7 +47,11 @@ function broadcast(device: Device, kernel: string, inputs: readonly Input[], res
   const y = device.result(result);
   const total = sizeOf(result.shape);
   if (total === 0) return y;
-  const { inner, outer, inputs: strides } = collapse(
+  const {
+    inner,
+    outer,
+    inputs: strides,
+  } = collapse(
     result.shape,
     inputs.map((x) => x.shape),
   );
@@ -99,7 +103,8 @@ export function elementwiseKernels(
   const two = (name: string): Kernel<Block> =>
     device.kernel(
       name,
-      (inputs, [spec]) => (spec ? [broadcast(device, inputs[0]?.dtype === "i32" ? `${name}Int` : name, inputs, spec)] : []),
+      (inputs, [spec]) =>
+        spec ? [broadcast(device, inputs[0]?.dtype === "i32" ? `${name}Int` : name, inputs, spec)] : [],
       only("n"),
     );
   const one = (name: string, cost: number): Kernel<Block> =>
@@ -189,7 +194,17 @@ export function elementwiseKernels(
         const results = specs.map((spec) => device.result(spec));
         const total = sizeOf(at(specs, 0).shape);
         const job = [...inputs.map((x) => x.handle.ptr), ...results.map((y) => y.ptr)];
-        const numbers = [lr, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weightDecay, lr / correction1, 1 / correction2];
+        const numbers = [
+          lr,
+          beta1,
+          1 - beta1,
+          beta2,
+          1 - beta2,
+          eps,
+          1 - lr * weightDecay,
+          lr / correction1,
+          1 / correction2,
+        ];
         job.push(...numbers.map(bits));
         device.launch("adamw", job, units(total), total * 2);
         return results;

@@ -9,7 +9,13 @@ const PACKED_UNITS = MAX_COLUMNS / 2;
 const DOT_UNITS = 16;
 
 /** Stable counting sort of the slots of ids [t, k]; the results are addresses. */
-function dispatch(device: Device, ids: Input, count: number, bound: number, to: Readonly<Record<"rows" | "slots" | "ends", number>>): void {
+function dispatch(
+  device: Device,
+  ids: Input,
+  count: number,
+  bound: number,
+  to: Readonly<Record<"rows" | "slots" | "ends", number>>,
+): void {
   const m = sizeOf(ids.shape);
   const job = [ids.handle.ptr, to.ends, to.rows, to.slots, m, count, bound, lastOf(ids)];
   device.launch("dispatch", job, 1, 0);
@@ -109,7 +115,8 @@ export function expertKernels(
         const [lineG, lineD] = [width * elementBytes(gateUp.dtype), units * elementBytes(down.dtype)];
         const expertG = 2 * units * lineG;
         const half = units * lineG;
-        const flops = (b: readonly { readonly m: number }[]): number => b.reduce((n, { m }) => n + 4 * m * width * units, 0);
+        const flops = (b: readonly { readonly m: number }[]): number =>
+          b.reduce((n, { m }) => n + 4 * m * width * units, 0);
 
         if (few.length > 0) {
           const tasks: number[] = [];
@@ -149,7 +156,16 @@ export function expertKernels(
             m,
             k: units,
           }));
-        const layout = { n: width, lda: units * 4, ldb: lineD, ldc: width * 4, transposedA: false, columnsB: false, kindB: kindOf(down), bias: 0 };
+        const layout = {
+          n: width,
+          lda: units * 4,
+          ldb: lineD,
+          ldc: width * 4,
+          transposedA: false,
+          columnsB: false,
+          kindB: kindOf(down),
+          bias: 0,
+        };
         multiply(device, products(few), layout);
         multiply(device, products(many), { ...layout, packedA: true });
         combine(out, weights, slots, bound, y.ptr, width);

@@ -63,7 +63,8 @@ export function multiply(device: Device, products: readonly Product[], layout: L
     }
   }
   // One row is bound by memory, not by arithmetic.
-  if (dots.length > 0) device.launch("dots", job(device.table(dots)), dots.length / TASK, Math.max(flops / SPEED, flops / 8));
+  if (dots.length > 0)
+    device.launch("dots", job(device.table(dots)), dots.length / TASK, Math.max(flops / SPEED, flops / 8));
 
   const large = products.filter((p) => p.m > 0 && !few(p));
   if (large.length === 0) return;
@@ -109,7 +110,12 @@ function packA(device: Device, products: readonly Product[], { lda, transposedA 
       to += p.k * PANEL * 4;
     }
   }
-  device.launch(transposedA ? "packColumns" : "packRows", [device.table(panels), 0, lda], panels.length / 4, floats / 2);
+  device.launch(
+    transposedA ? "packColumns" : "packRows",
+    [device.table(panels), 0, lda],
+    panels.length / 4,
+    floats / 2,
+  );
   return starts;
 }
 
@@ -125,7 +131,9 @@ export function blocks(device: Device, ends: Input, rows: number): { readonly fr
   });
 }
 
-export function matmulKernels(device: Device): Readonly<Record<string, Kernel<Block>>> & { readonly matmul: Kernel<Block> } {
+export function matmulKernels(
+  device: Device,
+): Readonly<Record<string, Kernel<Block>>> & { readonly matmul: Kernel<Block> } {
   return {
     matmul: device.kernel(
       "matmul",
@@ -146,7 +154,13 @@ export function matmulKernels(device: Device): Readonly<Record<string, Kernel<Bl
         }));
         // One matrix B for all: the batch is just more rows.
         const first = products[0];
-        if (first && !transposeA && products.length > 1 && at(offsets, 1).every((o) => o === 0) && sizeOf(a.shape.slice(0, -2)) === products.length) {
+        if (
+          first &&
+          !transposeA &&
+          products.length > 1 &&
+          at(offsets, 1).every((o) => o === 0) &&
+          sizeOf(a.shape.slice(0, -2)) === products.length
+        ) {
           products = [{ ...first, m: m * products.length }];
         }
         multiply(device, products, {

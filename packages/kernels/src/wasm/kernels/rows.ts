@@ -90,7 +90,12 @@ export function rowKernels(device: Device): Readonly<Record<string, Kernel<Block
         if (!logits || !labels || !lse || !dloss || !spec) return [];
         const dlogits = device.result(spec);
         const pointers = [logits, labels, lse, dloss].map((x) => x.handle.ptr);
-        device.launch("crossEntropyGrad", [...pointers, dlogits.ptr, lastOf(logits)], rowsOf(logits), sizeOf(logits.shape) * 1.5);
+        device.launch(
+          "crossEntropyGrad",
+          [...pointers, dlogits.ptr, lastOf(logits)],
+          rowsOf(logits),
+          sizeOf(logits.shape) * 1.5,
+        );
         return [dlogits];
       },
       only("fiff"),
@@ -98,7 +103,11 @@ export function rowKernels(device: Device): Readonly<Record<string, Kernel<Block
 
     rope: device.kernel(
       "rope",
-      ([x, cos, sin], [spec], { interleaved = false, inverse = false }: { interleaved?: boolean; inverse?: boolean }) => {
+      (
+        [x, cos, sin],
+        [spec],
+        { interleaved = false, inverse = false }: { interleaved?: boolean; inverse?: boolean },
+      ) => {
         if (!x || !cos || !sin || !spec) return [];
         const y = device.result(spec);
         const [batch, sequence, heads, d] = x.shape as readonly [number, number, number, number];

@@ -56,7 +56,13 @@ function transpose(device: Device, x: Input, y: Block, perm: readonly number[]):
   // [batch, columns, rows] from [batch, rows, columns]
   const [columns, batch] = [axes.at(-1), axes.at(-2)];
   const plane = inner.size * inner.step;
-  if (size === 4 && columns && columns.step === 4 && inner.step === columns.size * 4 && (!batch || batch.step === plane)) {
+  if (
+    size === 4 &&
+    columns &&
+    columns.step === 4 &&
+    inner.step === columns.size * 4 &&
+    (!batch || batch.step === plane)
+  ) {
     if (axes.length <= 2) {
       const bands = Math.ceil(columns.size / 16);
       const job = [x.handle.ptr, y.ptr, inner.size, columns.size, bands];
@@ -84,24 +90,27 @@ export function shapeKernels(
       return [y];
     }),
 
-    slice: device.kernel("slice", ([x], [spec], { start, size }: { start: readonly number[]; size: readonly number[] }) => {
-      if (!x || !spec) return [];
-      const y = device.result(spec);
-      const element = elementBytes(x.dtype);
-      const [xs, ys] = [strides(x.shape, element), strides(size, element)];
-      // The run takes in all last axes that are kept whole, and the part of the one before.
-      let axis = size.length;
-      while (axis > 0 && size[axis - 1] === x.shape[axis - 1]) axis--;
-      const first = Math.max(0, axis - 1);
-      const from = start.reduce((sum, s, i) => sum + s * at(xs, i), x.handle.ptr);
-      copyRuns(device, from, y.ptr, {
-        dims: size.slice(0, first),
-        x: xs.slice(0, first),
-        y: ys.slice(0, first),
-        bytes: sizeOf(size.slice(first)) * element,
-      });
-      return [y];
-    }),
+    slice: device.kernel(
+      "slice",
+      ([x], [spec], { start, size }: { start: readonly number[]; size: readonly number[] }) => {
+        if (!x || !spec) return [];
+        const y = device.result(spec);
+        const element = elementBytes(x.dtype);
+        const [xs, ys] = [strides(x.shape, element), strides(size, element)];
+        // The run takes in all last axes that are kept whole, and the part of the one before.
+        let axis = size.length;
+        while (axis > 0 && size[axis - 1] === x.shape[axis - 1]) axis--;
+        const first = Math.max(0, axis - 1);
+        const from = start.reduce((sum, s, i) => sum + s * at(xs, i), x.handle.ptr);
+        copyRuns(device, from, y.ptr, {
+          dims: size.slice(0, first),
+          x: xs.slice(0, first),
+          y: ys.slice(0, first),
+          bytes: sizeOf(size.slice(first)) * element,
+        });
+        return [y];
+      },
+    ),
 
     concat: device.kernel("concat", (inputs, [spec], { axis }: { axis: number }) => {
       if (!spec) return [];
