@@ -6,7 +6,7 @@ const summary = (median: number, min = median, max = median) => ({ median, min, 
 
 it("prints rates, times, errors, reasons and goals", () => {
   const wall = summary(0.02, 0.019, 0.025);
-  const text = tableText({
+  const table = {
     case: "matmul",
     title: "a product",
     threads: 2,
@@ -21,7 +21,8 @@ it("prints rates, times, errors, reasons and goals", () => {
       { label: "ours : peer", value: summary(2.5, 2.4, 2.6), cpu: summary(2.45), goal: { least: 3 } },
       { label: "share", value: summary(0.05), goal: { most: 0.1 } },
     ],
-  });
+  } as const;
+  const text = tableText(table);
   expect(text.split("\n")).toEqual([
     "a product, 2 threads",
     "          GFLOP/s  ms: median (min to max)  CPUs busy   error",
@@ -31,6 +32,7 @@ it("prints rates, times, errors, reasons and goals", () => {
     "  ours : peer = 2.50 (2.40 to 2.60), in CPU time 2.45   goal at least 3: missed",
     "  share = 0.0500 (0.0500 to 0.0500)   goal at most 0.1: reached",
   ]);
+  expect(tableText(table, { ours: 2, peer: 1 })).toContain("\n  peer (1 thread)     30.0 ");
 });
 
 it("a goal is about the median; no goal, no verdict", () => {

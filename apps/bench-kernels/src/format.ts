@@ -27,10 +27,13 @@ const columns = (rows: readonly (readonly string[])[]): string[] => {
   );
 };
 
-/** Rates and times per contender, then the ratios with their goals. */
-export function tableText({ title, threads, unit, amounts, entries, figures }: Table): string {
+/** Rates and times per contender, then the ratios with their goals. `used`: the threads of those that have fewer than asked for. */
+export function tableText(table: Table, used: Readonly<Record<string, number>> = {}): string {
+  const { title, threads, unit, amounts, entries, figures } = table;
   const rows = entries.map(({ name, timing, error, failed }) => {
-    if (failed !== undefined || timing === undefined) return [name, "-", "-", "-", "-", failed ?? "not measured"];
+    const own = used[name] ?? threads;
+    const label = own === threads ? name : `${name} (${own} thread${own > 1 ? "s" : ""})`;
+    if (failed !== undefined || timing === undefined) return [label, "-", "-", "-", "-", failed ?? "not measured"];
     const milliseconds = (x: number): number => x * 1000;
     const wall: Summary = {
       ...timing.wall,
@@ -39,7 +42,7 @@ export function tableText({ title, threads, unit, amounts, entries, figures }: T
       max: milliseconds(timing.wall.max),
     };
     return [
-      name,
+      label,
       significant((amounts[name] ?? Number.NaN) / timing.wall.median),
       spread(wall),
       timing.cpu ? significant(timing.cpu.median / timing.wall.median) : "-",

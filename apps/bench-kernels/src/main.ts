@@ -107,11 +107,12 @@ async function main(): Promise<void> {
       return open;
     },
   };
+  const used = Object.fromEntries(peers.map((peer) => [peer.name, peer.threads]));
   const tables: Table[] = [];
   for (const name of names) {
     for await (const table of cases[name]?.(context) ?? []) {
       tables.push(table);
-      say(`\n${tableText(table)}`);
+      say(`\n${tableText(table, used)}`);
     }
   }
   if (values.json) {

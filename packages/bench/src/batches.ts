@@ -71,21 +71,21 @@ export function trainingBatches(streams: readonly Int32Array[], order: TrainingO
 }
 
 /**
- * Windows over a held-out stream. The first of a block's windows counts all its tokens; each further one starts half a window later and
- * counts its second half, so that every token but the separators is predicted once and with at least half a window before it.
+ * Windows over held-out blocks. The first window of a block counts all its tokens; each further one begins with the last quarter of the
+ * window before and counts the rest, so that every token but the separators is predicted once, with context where the block has it.
  */
 export function heldOutWindows(
   blocks: readonly Int32Array[],
   separator: number,
   length: number,
 ): readonly TokenBatch[] {
-  const half = Math.ceil(length / 2);
+  const context = Math.floor(length / 4);
   return blocks.flatMap((block) => {
     const stream = tokenStream([block], separator);
     const windows: TokenBatch[] = [];
     let counted = 0; // tokens of the block predicted so far
     while (counted < block.length) {
-      const from = counted === 0 ? 0 : Math.max(0, counted - (length - half));
+      const from = Math.max(0, counted - context);
       const to = Math.min(from + length, block.length);
       const ids = new Int32Array(length);
       const labels = new Int32Array(length).fill(-1);

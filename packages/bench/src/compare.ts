@@ -156,16 +156,16 @@ export interface Prepared {
 
 const decode = (bytes: Uint8Array): string => new TextDecoder().decode(bytes);
 
-/** Encodes all text. `probeTokens`: about how many tokens of each domain the checkpoints look at; default 4096. */
+/** Encodes all text. `probeTokens`: about how many tokens of each domain the checkpoints look at; default 2048. */
 export function prepare(
   domains: readonly Domain[],
   codec: Codec,
   { rows, length }: TrainingSettings,
-  probeTokens = 4096,
+  probeTokens = 2048,
 ): Prepared {
   const encode = (blocks: readonly Uint8Array[]): Int32Array[] => blocks.map((block) => codec.encode(decode(block)));
   const windows = domains.map(({ validation }) => heldOutWindows(encode(validation), codec.separator, length));
-  const probeWindows = Math.max(1, Math.round(probeTokens / Math.ceil(length / 2)));
+  const probeWindows = Math.max(1, Math.round(probeTokens / Math.ceil(0.75 * length)));
   return {
     streams: domains.map(({ training }) => tokenStream(encode(training), codec.separator)),
     heldOut: {

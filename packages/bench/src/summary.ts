@@ -107,9 +107,8 @@ export function tableText(summary: readonly SummaryRow[], baselines: readonly Ba
     ...summary.map((row) => [row.router, ...columns.map((column) => column.text(row))]),
     ...baselines.map(({ name, bitsPerByte }) => [name, bitsPerByte.toFixed(3)]),
   ];
-  const widths = columns.reduce<number[]>(
-    (all, _, i) => [...all, Math.max(...lines.map((line) => line[i + 1]?.length ?? 0))],
-    [Math.max(...lines.map(([name]) => name?.length ?? 0))],
+  const widths = Array.from({ length: columns.length + 1 }, (_, i) =>
+    Math.max(...lines.map((line) => line[i]?.length ?? 0)),
   );
   const rendered = lines.map((line) =>
     line.map((cell, i) => (i === 0 ? cell.padEnd(widths[i] ?? 0) : cell.padStart(widths[i] ?? 0))).join("  "),

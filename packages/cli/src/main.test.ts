@@ -44,7 +44,9 @@ async function run(args: readonly string[], stopAt?: RegExp): Promise<Ran> {
   const code = await main(args, {
     signal: control.signal,
     streams: {
-      out: (text) => void (out += text),
+      out: (text) => {
+        out += text;
+      },
       error: (text) => {
         error += text;
         if (stopAt?.test(text)) control.abort();
