@@ -1,4 +1,4 @@
-// Size budgets: what a browser downloads for one subpath, bundled, minified and gzipped, without the package's peers.
+// Size budgets: what a browser downloads for one subpath, bundled, minified and gzipped, without the packages it depends on.
 import { readFileSync } from "node:fs";
 
 /**
@@ -14,7 +14,7 @@ const otherwise = { "*": "60 kB" };
 
 /** The configuration for the package in the current folder: one check per exported subpath. */
 export function limits() {
-  const { name, exports } = JSON.parse(readFileSync("package.json", "utf8"));
+  const { name, exports, dependencies = {} } = JSON.parse(readFileSync("package.json", "utf8"));
   /** @type {Record<string, string>} */
   const budget = budgets[name] ?? otherwise;
   return Object.entries(exports)
@@ -24,6 +24,7 @@ export function limits() {
       path: target.default,
       limit: budget[subpath] ?? budget["*"],
       gzip: true,
+      ignore: Object.keys(dependencies), // peers are left out anyway
       // Built-in modules stay imports: code for Node beside code for browsers loads them behind a check.
       modifyEsbuildConfig: (/** @type {{ external?: string[] }} */ config) => ({
         ...config,

@@ -6,7 +6,7 @@ import { parseResults, type Results } from "@switchyard/bench";
 import { engine } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
 import { loadModel } from "@switchyard/models";
-import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
 import { main } from "./main.ts";
 import { routersFrom } from "./routers.ts";
 
@@ -56,10 +56,10 @@ async function run(args: readonly string[], stopAt?: RegExp): Promise<Ran> {
   return { code, out, error };
 }
 
-const tiny = ["--size", "tiny", "--backend", "cpu", "--out", path("runs")];
+const tiny = ["--size", "tiny", "--threads", "1", "--out", path("runs")];
 const text = [path("tales.txt"), path("letters")];
 const results = (name: string): Results => parseResults(readFileSync(path("runs", name, "results.json"), "utf8"));
-const timeless = ({ runs, baselines, domains, settings }: Results): unknown => ({
+const timeless = ({ runs, baselines, domains, settings: { threads: _, ...settings } }: Results): unknown => ({
   baselines,
   domains,
   settings,
@@ -170,7 +170,20 @@ describe("train", () => {
 
   test("--json prints results.json and nothing else; seeds give intervals", async () => {
     const { code, out } = await run([
-      ...["train", text[0] ?? "", ...tiny, "--steps", "2", "--name", "json"],
+      ...[
+        "train",
+        text[0] ?? "",
+        "--size",
+        "tiny",
+        "--backend",
+        "cpu",
+        "--out",
+        path("runs"),
+        "--steps",
+        "2",
+        "--name",
+        "json",
+      ],
       ...["--json", "--router", "topK:k=1", "--seeds", "2", "--seed", "7"],
     ]);
     expect(code).toBe(0);
@@ -184,13 +197,37 @@ describe("train", () => {
   });
 
   test("--time fixes the steps, and a resumed run keeps them", async () => {
-    const args = ["train", ...text, ...tiny, "--time", "15s", "--router", "topK", "--name", "timed"];
+    const args = ["train", ...text, ...tiny, "--time", "8s", "--router", "topK", "--name", "timed"];
     const first = await run(args, /step \d+\//);
     expect(first.code).toBe(130);
     const { steps } = JSON.parse(readFileSync(path("runs", "timed", "run.json"), "utf8"));
     expect(steps).toBeGreaterThanOrEqual(10);
     expect((await run(["train", "--resume", path("runs", "timed")])).code).toBe(0);
     expect(results("timed").runs[0]?.steps).toBe(steps);
+  });
+
+  test("the first Ctrl-C saves, the second ends at once", async () => {
+    const exit = vi.spyOn(process, "exit").mockImplementation(() => undefined as never);
+    let pressed = 0;
+    const press = (line: string): void => {
+      if (/ step 1\//.test(line) && pressed++ === 0) for (const _ of [1, 2]) process.emit("SIGINT");
+    };
+    let error = "";
+    const code = await main(["train", ...text, ...tiny, "--steps", "6", "--router", "topK", "--name", "pressed"], {
+      streams: {
+        out: () => undefined,
+        error: (line) => {
+          error += line;
+          press(line);
+        },
+      },
+    });
+    expect(exit.mock.calls).toEqual([[130]]);
+    exit.mockRestore();
+    expect(code).toBe(130);
+    expect(error).toContain("Finishing this step, then saving. Ctrl-C again ends at once.");
+    expect(error).toMatch(/Saved\. Continue with: switchyard train --resume .*pressed/);
+    expect(process.listenerCount("SIGINT")).toBe(0);
   });
 
   test("Ctrl-C before training leaves nothing", async () => {
@@ -243,7 +280,10 @@ describe("refusals are one line on standard error, with exit code 1, and leave n
 
   test("options", async () => {
     await refused([...text, ...basic, "--threads", "0"], "--threads takes a whole number from 1");
-    await refused([...text, ...basic, "--threads", "2"], "the cpu backend runs on one thread");
+    await refused(
+      [...text, "--out", path("runs"), "--backend", "cpu", "--threads", "2", "--name", "refused"],
+      "the cpu backend runs on one thread",
+    );
     await refused([...text, ...basic, "--layers", "3"], "unknown option --layers; the options are --time, ");
     await refused([...text, ...tiny, "--time", "1s", "--name", "refused"], "seconds are too short for 3 runs");
   });

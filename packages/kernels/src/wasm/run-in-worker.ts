@@ -54,6 +54,9 @@ function revive({ name, message, stack }: Failure): Error {
   return stack === undefined ? error : Object.assign(error, { stack });
 }
 
+const unloadable =
+  "its module, or one that it imports, could not be loaded (a page's import map does not reach a worker: bundle it, or import by URL)";
+
 const isCallback = (x: unknown): x is (...args: unknown[]) => void => typeof x === "function";
 
 /**
@@ -110,7 +113,7 @@ export function runInWorker<F extends WorkerFunctions>(worker: WorkerEnd): Worke
     }
   });
   worker.addEventListener("error", ({ message }) => {
-    close(new UnsupportedError(`runInWorker: the worker failed: ${message ?? "its module could not be loaded"}`));
+    close(new UnsupportedError(`runInWorker: the worker failed: ${message || unloadable}`));
   });
   worker.addEventListener("messageerror", () => {
     close(new UnsupportedError("runInWorker: a message of the worker could not be read"));

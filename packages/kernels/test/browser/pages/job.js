@@ -58,7 +58,17 @@ const cases = (threads) =>
 const train = (threads, steps, onStep) =>
   onBackend(threads, async (on) => {
     const router = topK({ k: 2 });
-    const config = { vocabulary: 40, width: 48, layers: 2, heads: 4, kvHeads: 2, experts: 6, hidden: 40, router, context: 32 };
+    const config = {
+      vocabulary: 40,
+      width: 48,
+      layers: 2,
+      heads: 4,
+      kvHeads: 2,
+      experts: 6,
+      hidden: 40,
+      router,
+      context: 32,
+    };
     const model = transformer(on, config, random(on, 1));
     const text = Int32Array.from({ length: 3000 }, (_, i) => (((i * i) % 7) * 5 + (i % 6)) % 40);
     const data = randomWindows(text, { batch: 8, sequence: 31, random: random(on, 2) });
