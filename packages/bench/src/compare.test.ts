@@ -368,12 +368,16 @@ test("checkpoints are spread over the steps, the first and last included", () =>
   expect(checkpointSteps(1, 1)).toEqual([0, 1]);
 });
 
-test("prompts begin at a word and end at one", () => {
-  expect(promptFrom(Buffer.from("ing of the sea\nCall me Ishmael. Some years ago—never mind how long"))).toBe(
+test("prompts are the first words of a line that has enough of them", () => {
+  const of = (text: string): string => promptFrom(Buffer.from(text));
+  expect(of("ing of the sea\nCall me Ishmael. Some years ago—never mind how long")).toBe(
     "Call me Ishmael. Some years ago—never",
   );
-  expect(promptFrom(Buffer.from("half a line with spaces only"))).toBe("a line with spaces");
-  expect(promptFrom(Buffer.from("nospace".repeat(20)))).toBe("nospace".repeat(6).slice(0, 40));
+  expect(of("end */\n */\n\n/**\n\nreadonly length: number;\n")).toBe("readonly length: number;");
+  expect(of("half a line\ninterface\nSea<T> {")).toBe("interface\nSea<T> {");
+  expect(of("one line without a break in it")).toBe("one line without a break in it");
+  expect(of(`short\n${"nospace".repeat(20)}`)).toHaveLength(80);
+  expect(of("")).toBe("");
 });
 
 test("folders of models are names that every file system takes", () => {

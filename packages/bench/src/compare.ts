@@ -477,12 +477,16 @@ function resumable(file: string, router: string, seed: number) {
   return { state, trainer: { json: found.snapshot.json, arrays }, choices: choices.length === 0 ? undefined : choices };
 }
 
-/** The first words of a held-out block after its first line break, or else space: text no model has seen. */
+const characters = (text: string, most: number): string => [...text].slice(0, most).join("");
+
+/** Six words or less of a held-out block, from the first line that begins with fifteen characters of text: no model has seen them. */
 export function promptFrom(block: Uint8Array): string {
-  const text = decode(block);
-  const line = text.search(/\n\S/);
-  const start = (line < 0 ? text.search(/\s\S/) : line) + 1;
-  return (/^(?:\S+\s){1,6}/.exec(text.slice(start, start + 200))?.[0] ?? text.slice(start, start + 40)).trimEnd();
+  const lines = decode(block).split("\n").slice(1);
+  for (const [i] of lines.entries()) {
+    const [words] = /^\S+(?:\s\S+){0,5}/.exec(lines.slice(i, i + 3).join("\n")) ?? [""];
+    if (words.length >= 15) return characters(words, 80);
+  }
+  return characters(decode(block).trimStart(), 40).trimEnd();
 }
 
 /** Texts of tokens; a character split over tokens goes to the last of them. */

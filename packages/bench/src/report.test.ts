@@ -26,8 +26,8 @@ describe("renderReport", () => {
       "topK",
       "switchRouter",
       "reMoE",
-      "order-2 bytes",
-      "order-3 bytes",
+      "order-2 byte model",
+      "order-3 byte model",
     ]);
     expect(document.querySelectorAll(".best").length).toBe(1);
     expect(rows[0]?.querySelector(".best")?.textContent).toContain(results.summary[0]?.bitsPerByte.mean.toFixed(3));
@@ -51,6 +51,7 @@ describe("renderReport", () => {
   test("the sample keeps its text, marks the prompt and knows each token's experts", () => {
     const reading = document.querySelector(".reading");
     const spans = [...(reading?.querySelectorAll(".t") ?? [])];
+    expect(document.querySelectorAll(".reading")).toHaveLength(3);
     const sample = results.runs[0]?.samples[0];
     expect(spans.map((span) => span.getAttribute("data-text")).join("")).toBe(
       sample?.tokens.map(({ text }) => text).join(""),
@@ -115,9 +116,9 @@ describe("finding", () => {
   });
 
   test("names the strongest baseline that is beaten, or says that none is", () => {
-    expect(of(row("a", 2.5))).toContain("the order-2 bytes model needs 2.760");
-    expect(of(row("a", 2.1))).toContain("the order-3 bytes model needs 2.130");
-    expect(of(row("a", 2.9))).toContain("does not yet beat the order-2 bytes model (2.760)");
+    expect(of(row("a", 2.5))).toContain("the order-2 byte model needs 2.760");
+    expect(of(row("a", 2.1))).toContain("the order-3 byte model needs 2.130");
+    expect(of(row("a", 2.9))).toContain("does not yet beat the order-2 byte model (2.760)");
   });
 });
 

@@ -57,11 +57,13 @@ tbody th { font-weight: 600; } tr.baseline :is(th, td) { color: var(--muted); fo
   font: .95rem/1.9 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere;
   background: var(--panel); border: 1px solid var(--rule); border-radius: .5rem; padding: .9rem 1rem; margin: .6rem 0 0;
 }
+.from { display: block; color: var(--muted); font: .8rem/1.4 ui-sans-serif, system-ui, sans-serif; margin-bottom: .3rem; white-space: normal; }
 .t { background: hsl(var(--h) var(--token-chroma) var(--token)); border-radius: .2rem; cursor: default; }
 .t.none { background: none; } .t.prompt { text-decoration: underline; text-decoration-thickness: 1px; text-underline-offset: .3em; }
 .t:hover, .t.on { outline: 2px solid var(--ink); }
 .numbers .t::after { content: attr(data-n); font-size: .6em; vertical-align: super; line-height: 0; color: var(--ink); opacity: .75; }
-.dimmed .t { background: none; opacity: .45; } .dimmed .t.lit { opacity: 1; background: hsl(var(--h) var(--token-chroma) var(--token)); }
+.dimmed .from { display: block; color: var(--muted); font: .8rem/1.4 ui-sans-serif, system-ui, sans-serif; margin-bottom: .3rem; white-space: normal; }
+.t { background: none; opacity: .45; } .dimmed .t.lit { opacity: 1; background: hsl(var(--h) var(--token-chroma) var(--token)); }
 .controls { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; font-size: .88rem; margin: .7rem 0 0; }
 .controls label { display: inline-flex; gap: .4rem; align-items: center; }
 select { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--rule); border-radius: .35rem; padding: .2rem .4rem; }
@@ -90,7 +92,7 @@ select { font: inherit; color: inherit; background: var(--paper); border: 1px so
 /** Plain browser JavaScript: chooses the coloured layer, lights one expert's tokens, shows a token's experts. */
 const script = `
 for (const box of document.querySelectorAll(".reading")) {
-  const text = box.querySelector(".sample"), tokens = [...box.querySelectorAll(".t")], detail = box.querySelector(".detail");
+  const tokens = [...box.querySelectorAll(".t")], detail = box.querySelector(".detail");
   const layerChoice = box.querySelector("select"), chips = [...box.querySelectorAll(".chip")], hint = detail.innerHTML;
   const routes = JSON.parse(box.querySelector("script").textContent);
   let lit = null;
@@ -103,12 +105,12 @@ for (const box of document.querySelectorAll(".reading")) {
       token.classList.toggle("lit", lit !== null && experts.includes(lit));
       token.style.setProperty("--h", experts.length ? chips[experts[0]].dataset.h : 0);
     });
-    text.classList.toggle("dimmed", lit !== null);
+    box.classList.toggle("dimmed", lit !== null);
     chips.forEach((chip, e) => chip.setAttribute("aria-pressed", String(e === lit)));
   };
   layerChoice.addEventListener("change", paint);
   chips.forEach((chip, e) => chip.addEventListener("click", () => { lit = lit === e ? null : e; paint(); }));
-  box.querySelector("input").addEventListener("change", (event) => text.classList.toggle("numbers", event.target.checked));
+  box.querySelector("input").addEventListener("change", (event) => box.classList.toggle("numbers", event.target.checked));
   const show = (event) => {
     const i = tokens.indexOf(event.target);
     tokens.forEach((token, j) => token.classList.toggle("on", j === i));
@@ -119,9 +121,11 @@ for (const box of document.querySelectorAll(".reading")) {
     detail.append(name, " ", routes[i].map(([experts, weights], layer) =>
       "layer " + (layer + 1) + ": " + (experts.map((e, j) => "expert " + e + " (" + weights[j].toFixed(2) + ")").join(", ") || "no expert")).join(" · "));
   };
-  text.addEventListener("pointerover", show);
-  text.addEventListener("pointerdown", show);
-  text.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") show({ target: text }); });
+  for (const text of box.querySelectorAll(".sample")) {
+    text.addEventListener("pointerover", show);
+    text.addEventListener("pointerdown", show);
+    text.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") show({ target: text }); });
+  }
   tokens.forEach((token) => token.removeAttribute("title"));
   paint();
 }
@@ -152,15 +156,10 @@ function tokenHtml(token: SampleToken, inPrompt: boolean, layer: number): string
   return `<span class="${classes}"${colour} data-text="${escapeHtml(token.text)}" title="${escapeHtml(title)}">${shown}</span>`;
 }
 
-function sampleHtml(run: RunResult, sample: Sample): string {
-  const layers = sample.tokens[0]?.layers.length ?? 0;
+/** The samples of one run with their controls; `domains` name the texts the prompts come from. */
+function readingHtml(run: RunResult, domains: readonly string[]): string {
+  const layers = run.samples[0]?.tokens[0]?.layers.length ?? 0;
   const layer = Math.floor(layers / 2);
-  let length = 0;
-  const spans = sample.tokens.map((token) => {
-    const inPrompt = length < sample.prompt.length;
-    length += token.text.length;
-    return tokenHtml(token, inPrompt, layer);
-  });
   const options = Array.from(
     { length: layers },
     (_, l) => `<option value="${l}"${l === layer ? " selected" : ""}>layer ${l + 1}</option>`,
@@ -170,15 +169,30 @@ function sampleHtml(run: RunResult, sample: Sample): string {
     (_, e) =>
       `<button type="button" class="chip" data-h="${hue(e)}" style="--h:${hue(e)}" aria-pressed="false">${e}</button>`,
   );
+  const texts = run.samples.map((sample, i) => {
+    const known = `${percent(sample.knownWords)} known words`;
+    const from = domains[i] === undefined ? known : `${escapeHtml(domains[i])}, ${known}`;
+    return `<div class="sample"><span class="from">${from}</span>${sampleSpans(sample, layer)}</div>`;
+  });
   // A "<" inside the JSON could end the script element.
-  const routes = JSON.stringify(sample.tokens.map((token) => token.layers.map(byWeight))).replaceAll("<", "\\u003c");
+  const all = run.samples.flatMap(({ tokens }) => tokens.map((token) => token.layers.map(byWeight)));
+  const routes = JSON.stringify(all).replaceAll("<", "\\u003c");
   return `<div class="reading">
 <div class="controls"><label>colour by <select aria-label="layer">${options.join("")}</select></label>
 <label><input type="checkbox"> expert numbers</label><span class="chips" role="group" aria-label="light up one expert">${chips.join("")}</span></div>
-<div class="sample">${spans.join("")}</div>
-<p class="detail">Point at a token, or tap it, to see its experts and their weights; choose an expert to light up its tokens.
-${percent(sample.knownWords)} of the written words occur in the training text.</p>
+${texts.join("\n")}
+<p class="detail">Point at a token, or tap it, to see its experts and their weights.</p>
 <script type="application/json">${routes}</script></div>`;
+}
+
+function sampleSpans(sample: Sample, layer: number): string {
+  let length = 0;
+  const spans = sample.tokens.map((token) => {
+    const inPrompt = length < sample.prompt.length;
+    length += token.text.length;
+    return tokenHtml(token, inPrompt, layer);
+  });
+  return spans.join("");
 }
 
 const percent = (x: number): string => `${Math.round(100 * x)} %`;
@@ -227,8 +241,8 @@ export function finding({ summary, baselines, domains }: Results): string {
     baselines.length === 0
       ? ""
       : beaten === undefined
-        ? `; that does not yet beat the ${baselines[0]?.name} model (${baselines[0]?.bitsPerByte.toFixed(3)})`
-        : `; the ${beaten.name} model needs ${beaten.bitsPerByte.toFixed(3)}`;
+        ? `; that does not yet beat the ${baselines[0]?.name} (${baselines[0]?.bitsPerByte.toFixed(3)})`
+        : `; the ${beaten.name} needs ${beaten.bitsPerByte.toFixed(3)}`;
   const rest = second === undefined ? "" : ` ${difference(second.router, best.bitsPerByte, second.bitsPerByte)}`;
   return `${lead}${against}.${rest}`;
 }
@@ -294,8 +308,9 @@ ${firstRuns.map((one) => `<figure>${heading(one.router)}${loadFigure(one, domain
 <p class="note">On a fixed probe of held-out text, mean over the layers${seeds > 1 ? " and seeds; the bands span the seeds" : ""}.
 Fluctuation is the share of tokens whose experts changed since the checkpoint before.</p>
 <h2>Samples, coloured by expert</h2>
-<p>What each model writes after the underlined prompt. A token's colour is its leading expert in the chosen layer.</p>
-${firstRuns.map((one) => heading(one.router) + one.samples.map((sample) => sampleHtml(one, sample)).join("")).join("")}`;
+<p>What each model writes after the underlined words, which it has not seen in training. A token's colour is its leading expert in the chosen
+layer; a button lights up the tokens of one expert. Known words are those that occur in the training text.</p>
+${firstRuns.map((one) => heading(one.router) + readingHtml(one, domainNames)).join("")}`;
   return `<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Switchyard: ${escapeHtml(title)}</title><style>${css}</style></head><body>

@@ -4,8 +4,21 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { CheckpointError } from "@switchyard/core";
 import type { TrainerSnapshot } from "@switchyard/core/train";
-import { afterAll, describe, expect, test } from "vitest";
+import { afterAll, describe, expect, test, vi } from "vitest";
 import { readSnapshot, readText, writableFolder, writeSnapshot, writeWhole } from "./store.ts";
+
+// A disk with a given number of bytes left that takes so many at once; Infinity is the real one.
+const disk = vi.hoisted(() => ({ left: Number.POSITIVE_INFINITY, atOnce: Number.POSITIVE_INFINITY }));
+vi.mock("node:fs", async (original) => {
+  const fs = await original<typeof import("node:fs")>();
+  const writeSync = (file: number, bytes: Uint8Array, from: number, count: number): number => {
+    if (disk.left <= 0) throw Object.assign(new Error("ENOSPC: no space left on device, write"), { code: "ENOSPC" });
+    const written = fs.writeSync(file, bytes, from, Math.min(count, disk.left, disk.atOnce));
+    disk.left -= written;
+    return written;
+  };
+  return { ...fs, writeSync };
+});
 
 const folder = mkdtempSync(join(tmpdir(), "switchyard-store-"));
 afterAll(() => rmSync(folder, { recursive: true }));
@@ -28,6 +41,35 @@ describe("writeWhole", () => {
     mkdirSync(join(inside, "a.txt"), { recursive: true });
     expect(() => writeWhole(join(inside, "a.txt"), ["x"])).toThrow("it is a folder");
     expect(readdirSync(inside)).toEqual(["a.txt"]);
+  });
+});
+
+describe("a full disk", () => {
+  test.each([0, 1, 700])("with %i bytes left is named, the old file stays and nothing else is left", (left) => {
+    const inside = mkdtempSync(join(folder, "full"));
+    const path = join(inside, "a.txt");
+    writeWhole(path, ["old"]);
+    disk.left = left;
+    try {
+      expect(() => writeWhole(path, ["new".repeat(300)])).toThrow(
+        new CheckpointError(`cannot write ${path}: the disk is full`),
+      );
+    } finally {
+      disk.left = Number.POSITIVE_INFINITY;
+    }
+    expect(readFileSync(path, "utf8")).toBe("old");
+    expect(readdirSync(inside)).toEqual(["a.txt"]);
+  });
+
+  test("writes that the system cuts short are continued", () => {
+    const path = join(folder, "short.txt");
+    disk.atOnce = 700;
+    try {
+      writeWhole(path, ["abc".repeat(1000), new Uint8Array(10).fill(65)]);
+    } finally {
+      disk.atOnce = Number.POSITIVE_INFINITY;
+    }
+    expect(readFileSync(path, "utf8")).toBe(`${"abc".repeat(1000)}AAAAAAAAAA`);
   });
 });
 

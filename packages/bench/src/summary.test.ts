@@ -44,7 +44,7 @@ test("the text table lines up, baselines included", () => {
   expect(topK.length).toBe(head.length);
   const end = head.indexOf("bits/byte") + "bits/byte".length;
   expect(topK.slice(0, end)).toMatch(/^topK +2\.3\d\d$/);
-  expect(lines.at(-1)?.slice(0, end)).toMatch(/^order-3 bytes +2\.130$/);
+  expect(lines.at(-1)?.slice(0, end)).toMatch(/^order-3 byte model +2\.130$/);
 });
 
 test("numbers as people read them", () => {

@@ -74,7 +74,7 @@ export const columns: readonly Column[] = [
     text: ({ parameters }) => `${shortCount(parameters.active)} / ${shortCount(parameters.total)}`,
   },
   {
-    title: "busiest expert ×",
+    title: "busiest expert",
     meaning: "Load of the busiest expert over the mean load, mean over the layers: 1 is perfect balance.",
     text: (row) => overSeedsText(row.imbalance, 2),
   },

@@ -92,8 +92,8 @@ export function exampleResults(seeds: readonly number[] = [1], layers = 4): Resu
       { name: "code", files: 100, trainingBytes: 1_380_000, validationBytes: 120_000 },
     ],
     baselines: [
-      { name: "order-2 bytes", order: 2, bitsPerByte: 2.76, perDomain: [3.07, 2.85, 2.36] },
-      { name: "order-3 bytes", order: 3, bitsPerByte: 2.13, perDomain: [2.58, 2.22, 1.59] },
+      { name: "order-2 byte model", order: 2, bitsPerByte: 2.76, perDomain: [3.07, 2.85, 2.36] },
+      { name: "order-3 byte model", order: 3, bitsPerByte: 2.13, perDomain: [2.58, 2.22, 1.59] },
     ],
     runs,
     summary: summarise(runs),

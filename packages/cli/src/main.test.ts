@@ -84,7 +84,7 @@ describe("train", () => {
     expect(whole.code).toBe(0);
     for (const router of ["topK", "switchRouter", "reMoE"])
       expect(whole.out).toMatch(new RegExp(`^${router} +\\d\\.\\d{3} `, "m"));
-    expect(whole.out).toMatch(/^order-2 bytes +\d\.\d{3}/m);
+    expect(whole.out).toMatch(/^order-2 byte model +\d\.\d{3}/m);
     expect(whole.out).toMatch(/topK writes \(\d+ % of the words occur in the training text\)/);
     expect(whole.out).toContain(join("whole", "report.html"));
   });

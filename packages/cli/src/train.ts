@@ -215,7 +215,7 @@ function baselinesOf(domains: readonly Domain[]): readonly Baseline[] {
   return [2, 3].map((order) => {
     const perDomain = domains.map(({ validation }) => Number(byteModelBits(model, validation, order).toFixed(5)));
     const bitsPerByte = Number((perDomain.reduce((sum, x) => sum + x, 0) / perDomain.length).toFixed(5));
-    return { name: `order-${order} bytes`, order, bitsPerByte, perDomain };
+    return { name: `order-${order} byte model`, order, bitsPerByte, perDomain };
   });
 }
 

@@ -211,8 +211,13 @@ describe.skipIf(chromium === undefined)("in Chromium", () => {
       });
     });
 
-    it("loads every subpath of every package", async () => {
-      await on(`${open.url}/built/index.html`, async (page) => expectEverything(await everything(page)));
+    it("loads every subpath of every package, and refuses files in words", async () => {
+      await on(`${open.url}/built/index.html`, async (page) => {
+        expectEverything(await everything(page));
+        expect(await onMainThread(page, "readFile")).toMatch(
+          /^UnsupportedError: files are read and written in Node only/,
+        );
+      });
     });
   });
 

@@ -2,7 +2,7 @@
 import { engine, random } from "@switchyard/core";
 import { adamw, trainer } from "@switchyard/core/train";
 import { wasm } from "@switchyard/kernels/wasm";
-import { languageModelTask, randomWindows, transformer } from "@switchyard/models";
+import { languageModelTask, randomWindows, readSnapshot, transformer } from "@switchyard/models";
 import { topK } from "@switchyard/routers/top-k";
 import { backendCases } from "@switchyard/testing/backend-cases";
 
@@ -96,4 +96,11 @@ const place = () => ({
   page: typeof document !== "undefined",
 });
 
-export const job = { cases, train, place };
+/** What reading a file answers. */
+const readFile = () =>
+  readSnapshot("training.safetensors").then(
+    () => "read",
+    (error) => `${error.name}: ${error.message}`,
+  );
+
+export const job = { cases, train, place, readFile };
