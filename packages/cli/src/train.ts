@@ -328,9 +328,10 @@ async function inFolder(args: TrainArgs, context: TrainContext, job: Job): Promi
         runs,
         summary: summarise(runs),
       };
-      writeWhole(join(folder, "results.json"), [`${JSON.stringify(results)}\n`]);
       writeWhole(join(folder, "report.html"), [renderReport(results)]);
       writeWhole(join(folder, runFileName), [`${JSON.stringify(runFile(), null, 2)}\n`]);
+      // Last: what says "complete" must not stand beside a missing report.
+      writeWhole(join(folder, "results.json"), [`${JSON.stringify(results)}\n`]);
       return results;
     };
     const finished: RunResult[] = [...done];

@@ -19,7 +19,10 @@ export function uniform(seed: number, ...shape: readonly number[]): Host {
 /** Integers from `low` to `high`, both included. */
 export function integers(seed: number, low: number, high: number, ...shape: readonly number[]): Host {
   const { data } = uniform(seed, ...shape);
-  return ints(Int32Array.from(data, (x) => Math.min(high, low + Math.floor(((x + 1) / 2) * (high - low + 1)))), ...shape);
+  return ints(
+    Int32Array.from(data, (x) => Math.min(high, low + Math.floor(((x + 1) / 2) * (high - low + 1)))),
+    ...shape,
+  );
 }
 
 export const ints = (data: ArrayLike<number>, ...shape: readonly number[]): Host => ({

@@ -63,7 +63,9 @@ describe("threads", () => {
   });
 
   it.each([0, -1, 1.5, Number.NaN, 65])("refuses %d of them", async (threads) => {
-    await expect(wasm({ threads })).rejects.toThrow(`wasm: threads must be a whole number from 1 to 64, not ${threads}`);
+    await expect(wasm({ threads })).rejects.toThrow(
+      `wasm: threads must be a whole number from 1 to 64, not ${threads}`,
+    );
   });
 
   it("are gone after dispose, and say so", async () => {
@@ -86,8 +88,14 @@ describe("memory", () => {
     const handle = backend.upload(x.data, x);
     const operand = { ...x, handle };
     const wide = (): unknown =>
-      backend.kernels.concat(Array.from({ length: 12 }, () => operand), [f32(12_000, 1_000)], { axis: 0 });
-    expect(wide).toThrow(/out of memory: the result \[12000, 1000\] f32 of concat needs 48\.00 MB; 4\.\d+ MB are in use/);
+      backend.kernels.concat(
+        Array.from({ length: 12 }, () => operand),
+        [f32(12_000, 1_000)],
+        { axis: 0 },
+      );
+    expect(wide).toThrow(
+      /out of memory: the result \[12000, 1000\] f32 of concat needs 48\.00 MB; 4\.\d+ MB are in use/,
+    );
     expect(() => backend.upload(new Float32Array(10e6), f32(10e6))).toThrow("a tensor [10000000] f32 needs 40.00 MB");
     const used = backend.memory().used;
     const [y] = backend.kernels.add([operand, operand], [x], {});

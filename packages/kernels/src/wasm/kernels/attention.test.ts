@@ -29,7 +29,13 @@ const label = (c: Case): string => JSON.stringify(c).replaceAll('"', "");
 
 function inputs(c: Case): { q: Host; k: Host; v: Host; mask?: Host; dout: Host } {
   const { batch, sequence, total, heads, kvHeads, d, dv, padding } = c;
-  const mask = padding && floats(padding.flatMap((n) => Array.from({ length: total }, (_, j) => (j < n ? 0 : 1))), batch, total);
+  const mask =
+    padding &&
+    floats(
+      padding.flatMap((n) => Array.from({ length: total }, (_, j) => (j < n ? 0 : 1))),
+      batch,
+      total,
+    );
   return {
     q: uniform(1, batch, sequence, heads, d),
     k: uniform(2, batch, total, kvHeads, d),
@@ -49,7 +55,11 @@ function oracle(c: Case): Record<"out" | "lse" | "p" | "dq" | "dk" | "dv", Float
   const out = new Float64Array(batch * sequence * heads * width);
   const lse = new Float64Array(batch * heads * sequence);
   const all = new Float64Array(lse.length * total);
-  const [dq, dk, dv] = [q, k, v].map((x) => new Float64Array(x.data.length)) as [Float64Array, Float64Array, Float64Array];
+  const [dq, dk, dv] = [q, k, v].map((x) => new Float64Array(x.data.length)) as [
+    Float64Array,
+    Float64Array,
+    Float64Array,
+  ];
   const add = (to: Float64Array, i: number, x: number): void => {
     to[i] = (to[i] ?? 0) + x;
   };
@@ -64,7 +74,8 @@ function oracle(c: Case): Record<"out" | "lse" | "p" | "dq" | "dk" | "dv", Float
         const row = (b * heads + h) * sequence + i;
         const key = (j: number): number => (b * total + j) * kvHeads + kv;
         const s = Array.from({ length: total }, (_, j) => {
-          if ((causal && j > position) || (window && position - j >= window) || (mask && n(mask, b * total + j) === 0)) return Number.NEGATIVE_INFINITY;
+          if ((causal && j > position) || (window && position - j >= window) || (mask && n(mask, b * total + j) === 0))
+            return Number.NEGATIVE_INFINITY;
           let dot = 0;
           for (let e = 0; e < d; e++) dot += n(q, qi + e) * n(k, key(j) * d + e);
           return dot * scale;
@@ -116,7 +127,10 @@ describe.each(["relaxed", "plain"] as const)("attention, %s", (variant) => {
     expect(worst(lse ?? [], expected.lse)).toBeLessThan(3e-6);
     expect(worst(p ?? [], expected.p)).toBeLessThan(3e-6);
     const forward = [out, lse].map((data, i) => ({ ...(specs[i] ?? f32()), data: data ?? new Float32Array() }));
-    const grads = call(backend, "attentionGrad", [...given, ...forward, dout], [q, k, v], { ...attrs, mask: mask !== undefined });
+    const grads = call(backend, "attentionGrad", [...given, ...forward, dout], [q, k, v], {
+      ...attrs,
+      mask: mask !== undefined,
+    });
     for (const [i, name] of (["dq", "dk", "dv"] as const).entries()) {
       expect(worst(grads[i] ?? [], expected[name]), name).toBeLessThan(1e-5);
     }
@@ -125,14 +139,24 @@ describe.each(["relaxed", "plain"] as const)("attention, %s", (variant) => {
   it("brings out NaN instead of hiding it", () => {
     const q = uniform(1, 1, 2, 1, 4);
     q.data[0] = Number.NaN;
-    const [out, lse] = call(backend, "attention", [q, uniform(2, 1, 2, 1, 4), uniform(3, 1, 2, 1, 4)], [f32(1, 2, 1, 4), f32(1, 1, 2)], { causal: false, scale });
+    const [out, lse] = call(
+      backend,
+      "attention",
+      [q, uniform(2, 1, 2, 1, 4), uniform(3, 1, 2, 1, 4)],
+      [f32(1, 2, 1, 4), f32(1, 1, 2)],
+      { causal: false, scale },
+    );
     expect(Array.from(out ?? []).map(Number.isNaN)).toEqual([true, true, true, true, false, false, false, false]);
     expect(Array.from(lse ?? []).map(Number.isNaN)).toEqual([true, false]);
   });
 
   it("refuses heads that do not fit its working memory", () => {
     const wide = [f32(1, 1, 1, 4_096), f32(1, 1, 1, 4_096), f32(1, 1, 1, 4_096)];
-    expect(backend.kernels.attentionGrad?.unsupported?.(wide, { causal: true, scale })).toBe("heads of 4096 channels are too wide");
-    expect(backend.kernels.attention?.unsupported?.([f32(1, 1, 1, 128), f32(1, 1, 1, 128), f32(1, 1, 1, 128)], {})).toBeUndefined();
+    expect(backend.kernels.attentionGrad?.unsupported?.(wide, { causal: true, scale })).toBe(
+      "heads of 4096 channels are too wide",
+    );
+    expect(
+      backend.kernels.attention?.unsupported?.([f32(1, 1, 1, 128), f32(1, 1, 1, 128), f32(1, 1, 1, 128)], {}),
+    ).toBeUndefined();
   });
 });

@@ -89,19 +89,44 @@ describe.each(["relaxed", "plain"] as const)("elementwise, %s", (variant) => {
       const exponent = (h >> 10) & 31;
       const fraction = (h & 1023) / 1024;
       const magnitude =
-        exponent === 31 ? (fraction ? Number.NaN : Number.POSITIVE_INFINITY) : exponent === 0 ? fraction * 2 ** -14 : (1 + fraction) * 2 ** (exponent - 15);
+        exponent === 31
+          ? fraction
+            ? Number.NaN
+            : Number.POSITIVE_INFINITY
+          : exponent === 0
+            ? fraction * 2 ** -14
+            : (1 + fraction) * 2 ** (exponent - 15);
       const value = h & 0x8000 ? -magnitude : magnitude;
       if (!Object.is(y?.[h], value)) throw new Error(`${h.toString(16)}: ${y?.[h]}, expected ${value}`);
     });
     // And back: every finite pattern survives.
     const finite = bits.filter((h) => ((h >> 10) & 31) !== 31);
-    const numbers = floats(finite.map((_, i) => i).length ? Float32Array.from(finite, (h) => Number(y?.[h])) : [], finite.length);
+    const numbers = floats(
+      finite.map((_, i) => i).length ? Float32Array.from(finite, (h) => Number(y?.[h])) : [],
+      finite.length,
+    );
     const spec: Spec = { shape: [finite.length], dtype: "f16" };
     expect(call(backend, "cast", [numbers], [spec], { dtype: "f16" })[0]).toEqual(finite);
   });
 
   it("rounds to f16 and bf16 to nearest, ties to even", () => {
-    const x = floats([1 + 2 ** -11, 1 + 3 * 2 ** -11, 65_519, 65_520, 2 ** -25, 3 * 2 ** -26, -1e9, Number.NaN, 1 + 2 ** -8, 1 + 3 * 2 ** -8, 3.39e38, 3.4e38], 12);
+    const x = floats(
+      [
+        1 + 2 ** -11,
+        1 + 3 * 2 ** -11,
+        65_519,
+        65_520,
+        2 ** -25,
+        3 * 2 ** -26,
+        -1e9,
+        Number.NaN,
+        1 + 2 ** -8,
+        1 + 3 * 2 ** -8,
+        3.39e38,
+        3.4e38,
+      ],
+      12,
+    );
     const [half] = call(backend, "cast", [x], [{ shape: [12], dtype: "f16" }], { dtype: "f16" });
     expect(Array.from(half ?? []).slice(0, 7)).toEqual([0x3c00, 0x3c02, 0x7bff, 0x7c00, 0, 1, 0xfc00]);
     expect(Number(half?.[7]) & 0x7fff).toBeGreaterThan(0x7c00);
@@ -140,11 +165,21 @@ describe.each(["relaxed", "plain"] as const)("elementwise, %s", (variant) => {
       });
     const [a, b] = [uniform(1, ...shapes[0]), uniform(2, ...shapes[1])];
     const [y] = call(backend, "sub", [a, b], [f32(...result)]);
-    expect(worst(y ?? [], each((i) => at(a, i) - at(b, i)))).toBeLessThan(1e-7);
+    expect(
+      worst(
+        y ?? [],
+        each((i) => at(a, i) - at(b, i)),
+      ),
+    ).toBeLessThan(1e-7);
     const c = integers(3, 0, 1, 6, 7);
     const mask = floats(c.data, 6, 7);
     const [z] = call(backend, "where", [mask, a, b], [f32(...result)]);
-    expect(worst(z ?? [], each((i) => (at(mask, i) ? at(a, i) : at(b, i))))).toBe(0);
+    expect(
+      worst(
+        z ?? [],
+        each((i) => (at(mask, i) ? at(a, i) : at(b, i))),
+      ),
+    ).toBe(0);
   });
 
   it("takes over storage that was given away", () => {
@@ -152,10 +187,22 @@ describe.each(["relaxed", "plain"] as const)("elementwise, %s", (variant) => {
     const handle = backend.upload(x.data, x);
     const row = uniform(2, 37);
     const other = backend.upload(row.data, row);
-    const [y] = backend.kernels.add([{ ...x, handle }, { ...row, handle: other }], [{ ...f32(3, 37), reuse: handle }], {});
+    const [y] = backend.kernels.add(
+      [
+        { ...x, handle },
+        { ...row, handle: other },
+      ],
+      [{ ...f32(3, 37), reuse: handle }],
+      {},
+    );
     expect(y).toBe(handle);
     const data: TypedArray = backend.downloadSync({ ...x, handle });
-    expect(worst(data, Float64Array.from(x.data, (v, i) => v + Number(row.data[i % 37])))).toBeLessThan(1e-7);
+    expect(
+      worst(
+        data,
+        Float64Array.from(x.data, (v, i) => v + Number(row.data[i % 37])),
+      ),
+    ).toBeLessThan(1e-7);
     backend.free(handle);
     backend.free(other);
   });

@@ -16,7 +16,8 @@ function oracle(hidden: Host, gateUp: Host, down: Host, ids: Host, weights: Host
     if (e < 0 || e >= count) continue;
     const row = (m: number): number => {
       let sum = 0;
-      for (let c = 0; c < width; c++) sum += Number(hidden.data[t * width + c]) * Number(gateUp.data[(e * twice + m) * width + c]);
+      for (let c = 0; c < width; c++)
+        sum += Number(hidden.data[t * width + c]) * Number(gateUp.data[(e * twice + m) * width + c]);
       return sum;
     };
     const inner = Array.from({ length: units }, (_, u) => silu(row(u)) * row(units + u));
@@ -50,7 +51,11 @@ describe.each(["relaxed", "plain"] as const)("moeExperts, %s", (variant) => {
     [1, 1],
     [8, 4],
   ])("width %i, %i hidden units", (width, units) => {
-    const [hidden, gateUp, down] = [uniform(1, tokens, width), uniform(2, 4, 2 * units, width), uniform(3, 4, width, units)];
+    const [hidden, gateUp, down] = [
+      uniform(1, tokens, width),
+      uniform(2, 4, 2 * units, width),
+      uniform(3, 4, width, units),
+    ];
     const [y] = call(backend, "moeExperts", [hidden, gateUp, down, ids, weights], [f32(tokens, width)]);
     expect(worst(y ?? [], oracle(hidden, gateUp, down, ids, weights))).toBeLessThan(3e-6);
   });
@@ -58,13 +63,22 @@ describe.each(["relaxed", "plain"] as const)("moeExperts, %s", (variant) => {
   it("weights in bf16 give what their f32 copies give", () => {
     const [hidden, gateUp, down] = [uniform(1, tokens, 40), uniform(2, 4, 48, 40), uniform(3, 4, 40, 24)];
     const small = [gateUp, down].map((w) => converted(backend, w, "bf16"));
-    const wide = small.map((w) => ({ ...f32(...w.shape), data: call(backend, "cast", [w], [f32(...w.shape)], { dtype: "f32" })[0] as Float32Array }));
-    const run = ([g, d]: readonly Host[]) => call(backend, "moeExperts", [hidden, g as Host, d as Host, ids, weights], [f32(tokens, 40)])[0];
+    const wide = small.map((w) => ({
+      ...f32(...w.shape),
+      data: call(backend, "cast", [w], [f32(...w.shape)], { dtype: "f32" })[0] as Float32Array,
+    }));
+    const run = ([g, d]: readonly Host[]) =>
+      call(backend, "moeExperts", [hidden, g as Host, d as Host, ids, weights], [f32(tokens, 40)])[0];
     expect(run(small)).toEqual(run(wide));
   });
 
   it("no token at all", () => {
-    const [y] = call(backend, "moeExperts", [uniform(1, 0, 8), uniform(2, 4, 6, 8), uniform(3, 4, 8, 3), ints([], 0, 2), uniform(4, 0, 2)], [f32(0, 8)]);
+    const [y] = call(
+      backend,
+      "moeExperts",
+      [uniform(1, 0, 8), uniform(2, 4, 6, 8), uniform(3, 4, 8, 3), ints([], 0, 2), uniform(4, 0, 2)],
+      [f32(0, 8)],
+    );
     expect(y?.length).toBe(0);
   });
 
@@ -72,8 +86,13 @@ describe.each(["relaxed", "plain"] as const)("moeExperts, %s", (variant) => {
     const [hidden, gateUp, down] = [uniform(1, tokens, 40), uniform(2, 4, 48, 40), uniform(3, 4, 40, 24)];
     const one = weights.data.map((_, i) => (i % 2 ? 0 : 1));
     const first = { ...weights, data: one };
-    const only = ints(ids.data.map((id, i) => (i % 2 ? -1 : id)), tokens, 2);
-    const run = (which: Host) => call(backend, "moeExperts", [hidden, gateUp, down, which, first], [f32(tokens, 40)])[0];
+    const only = ints(
+      ids.data.map((id, i) => (i % 2 ? -1 : id)),
+      tokens,
+      2,
+    );
+    const run = (which: Host) =>
+      call(backend, "moeExperts", [hidden, gateUp, down, which, first], [f32(tokens, 40)])[0];
     expect(run(only)).toEqual(run(ids));
   });
 });

@@ -14,7 +14,10 @@ const SORT_BYTES = 2 ** 25;
 
 /** y [outer, inner] = sums over the middle of x [outer, n, inner]. */
 export function sumMiddle(device: Device, x: number, y: number, outer: number, n: number, inner: number): void {
-  if (inner === 1) return sumRows(device, x, y, outer, n, false);
+  if (inner === 1) {
+    sumRows(device, x, y, outer, n, false);
+    return;
+  }
   let [from, rows] = [x, n];
   for (;;) {
     const blocks = rows > 2 * BLOCK_ROWS ? Math.ceil(rows / BLOCK_ROWS) : 1;
@@ -31,7 +34,10 @@ export function sumMiddle(device: Device, x: number, y: number, outer: number, n
 function sumRows(device: Device, x: number, y: number, rows: number, n: number, square: boolean): void {
   const launch = (from: number, to: number, count: number, length: number, squares: boolean): void =>
     device.launch("rowSums", [from, to, length, squares ? 1 : 0], count, count * (length * 0.3 + 5));
-  if (rows > 1 || n <= 2 * LONG) return launch(x, y, rows, n, square);
+  if (rows > 1 || n <= 2 * LONG) {
+    launch(x, y, rows, n, square);
+    return;
+  }
   const whole = Math.floor(n / LONG);
   const rest = n - whole * LONG;
   const partial = device.temporary((whole + 1) * 4).ptr;
