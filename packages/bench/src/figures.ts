@@ -3,6 +3,7 @@
 import * as Plot from "@observablehq/plot";
 import { parseHTML } from "linkedom";
 import type { CheckpointRecord, LayerRouting, Results, RunResult } from "./results.ts";
+import { imbalanceOf } from "./summary.ts";
 
 /** How a router is drawn. */
 export interface Style {
@@ -282,7 +283,7 @@ export function routingFigures(results: Results): readonly SmallFigure[] {
   const of: readonly [string, (layer: LayerRouting) => number | undefined][] = [
     ["Routing entropy", (layer) => layer.entropy],
     ["Routing fluctuation", (layer) => layer.fluctuation],
-    ["Load of the busiest expert, × the mean", (layer) => layer.imbalance],
+    ["Load of the busiest expert, × the mean", imbalanceOf],
     ["Specialisation by domain", (layer) => layer.specialisation],
   ];
   return of.map(([title, value]) => {

@@ -6,9 +6,13 @@ const mean = (values: readonly number[]): number =>
   values.length === 0 ? 0 : values.reduce((sum, x) => sum + x, 0) / values.length;
 
 /** Mean over the layers of the last checkpoint. */
-function atTheEnd(run: RunResult, of: (layer: LayerRouting) => number): number {
-  return mean((run.checkpoints.at(-1)?.layers ?? []).map(of));
+function atTheEnd(run: RunResult, of: (layer: LayerRouting) => number | undefined): number {
+  return mean((run.checkpoints.at(-1)?.layers ?? []).flatMap((layer) => of(layer) ?? []));
 }
+
+/** Absent where no token went to any expert: there is no load to balance. */
+export const imbalanceOf = ({ imbalance }: LayerRouting): number | undefined =>
+  imbalance === 0 ? undefined : imbalance;
 
 /** Mean over layers and checkpoints: how much routing still moves between one checkpoint and the next. */
 function fluctuation(run: RunResult): number {
@@ -28,7 +32,7 @@ export function summarise(runs: readonly RunResult[]): readonly SummaryRow[] {
       parameters: own[0]?.parameters ?? { total: 0, active: 0 },
       bitsPerByte: over((run) => run.checkpoints.at(-1)?.bitsPerByte ?? 0),
       tokensPerSecond: over((run) => run.tokensPerSecond),
-      imbalance: over((run) => atTheEnd(run, (layer) => layer.imbalance)),
+      imbalance: over((run) => atTheEnd(run, imbalanceOf)),
       dead: over((run) => (run.checkpoints.at(-1)?.layers ?? []).reduce((sum, layer) => sum + layer.dead, 0)),
       entropy: over((run) => atTheEnd(run, (layer) => layer.entropy)),
       fluctuation: over(fluctuation),

@@ -1,118 +1,38 @@
-// Matrix products. Many rows: A and B are packed into panels and a 6 x 8 register tile walks them. Few rows: dot products straight from
-// row-major weights, nothing is packed. The host cuts every product (plain, batched, grouped by expert) into tasks; kernels only run tasks.
+// Matrix products. Many rows: a block of B is packed into panels, and a 6 x 8 register tile walks over them and six rows of A. Few rows: dot
+// products straight from row-major weights, nothing is packed. The host cuts every product (plain, batched, grouped by expert) into tasks; kernels only run tasks.
 import { BF16, BF16_KIND, F16, F16_KIND, F32_KIND, load1, load4, loadTail, madd, silu4, storeTail, sumLanes4, transposeTo, zero } from "./simd";
 
-/** Rows of a packed panel of A, columns of a packed panel of B. */
+/** Rows and columns of the register tile. */
 const MR: i32 = 6;
 const NR: i32 = 8;
 /** The sum over k is cut into blocks of this length: panels stay in the first cache, and long sums lose less precision. */
 const KC: i32 = 256;
 /** Most columns of one task; the host knows it as MAX_COLUMNS. */
 const NC: i32 = 128;
-/** Scratch of a thread: one packed block of B, one edge tile, then the SwiGLU block. The host knows the total. */
+/** Scratch of a thread: one packed block of B, one edge tile, then gates and ups of a SwiGLU task. The host knows the total. */
 const TILE_OFFSET: usize = <usize>(KC * NC * 4 + (NC / NR) * 64);
 const BLOCK_OFFSET: usize = TILE_OFFSET + <usize>(MR * NR * 4);
 
-// ---------------------------------------------------------------- packing of A
+// ---------------------------------------------------------------- packing of a transposed A
 
 @unmanaged
-class PackRows {
+class PackColumns {
   panels: usize; // of Panel
-  a: usize;
-  lda: i32; // bytes from row to row
+  lda: i32; // bytes from line to line of A, stored [k, rows]
 }
 @unmanaged
 class Panel {
-  rows: usize; // ids of the rows when gathered (bytes into the id list), else address of the first row
-  count: i32; // 1..6
+  columns: usize; // address of the first of six neighbours in the first line
   k: i32;
   to: usize;
 }
 
-/** Panels [k][6] of row-major rows; rows past `count` repeat the first one. */
-export function packRows(job: PackRows, from: i32, to: i32, scratch: usize): void {
-  for (let i = from; i < to; i++) {
-    const panel = changetype<Panel>(job.panels + (<usize>i) * offsetof<Panel>());
-    const p0 = panel.rows;
-    const lda = <usize>job.lda;
-    const n = panel.count;
-    pack6(
-      p0,
-      n > 1 ? p0 + lda : p0,
-      n > 2 ? p0 + 2 * lda : p0,
-      n > 3 ? p0 + 3 * lda : p0,
-      n > 4 ? p0 + 4 * lda : p0,
-      n > 5 ? p0 + 5 * lda : p0,
-      panel.k,
-      panel.to,
-    );
-  }
-}
-
-/** The same for rows named by a list of ids: `rows` is the address of the first id. */
-export function packGathered(job: PackRows, from: i32, to: i32, scratch: usize): void {
-  for (let i = from; i < to; i++) {
-    const panel = changetype<Panel>(job.panels + (<usize>i) * offsetof<Panel>());
-    const ids = panel.rows;
-    const lda = <usize>job.lda;
-    const n = panel.count;
-    const p0 = job.a + (<usize>load<i32>(ids)) * lda;
-    pack6(
-      p0,
-      n > 1 ? job.a + (<usize>load<i32>(ids, 4)) * lda : p0,
-      n > 2 ? job.a + (<usize>load<i32>(ids, 8)) * lda : p0,
-      n > 3 ? job.a + (<usize>load<i32>(ids, 12)) * lda : p0,
-      n > 4 ? job.a + (<usize>load<i32>(ids, 16)) * lda : p0,
-      n > 5 ? job.a + (<usize>load<i32>(ids, 20)) * lda : p0,
-      panel.k,
-      panel.to,
-    );
-  }
-}
-
-function pack6(p0: usize, p1: usize, p2: usize, p3: usize, p4: usize, p5: usize, k: i32, to: usize): void {
-  const bytes = (<usize>k) << 2;
-  let i: usize = 0;
-  for (; i + 16 <= bytes; i += 16) {
-    const a = v128.load(p0 + i);
-    const b = v128.load(p1 + i);
-    const c = v128.load(p2 + i);
-    const d = v128.load(p3 + i);
-    const e = v128.load(p4 + i);
-    const f = v128.load(p5 + i);
-    const ab = v128.shuffle<f32>(a, b, 0, 4, 1, 5);
-    const cd = v128.shuffle<f32>(c, d, 0, 4, 1, 5);
-    const ef = v128.shuffle<f32>(e, f, 0, 4, 1, 5);
-    v128.store(to, v128.shuffle<f32>(ab, cd, 0, 1, 4, 5));
-    v128.store_lane<u64>(to, ef, 0, 16);
-    v128.store(to, v128.shuffle<f32>(ab, cd, 2, 3, 6, 7), 24);
-    v128.store_lane<u64>(to, ef, 1, 40);
-    const AB = v128.shuffle<f32>(a, b, 2, 6, 3, 7);
-    const CD = v128.shuffle<f32>(c, d, 2, 6, 3, 7);
-    const EF = v128.shuffle<f32>(e, f, 2, 6, 3, 7);
-    v128.store(to, v128.shuffle<f32>(AB, CD, 0, 1, 4, 5), 48);
-    v128.store_lane<u64>(to, EF, 0, 64);
-    v128.store(to, v128.shuffle<f32>(AB, CD, 2, 3, 6, 7), 72);
-    v128.store_lane<u64>(to, EF, 1, 88);
-    to += 96;
-  }
-  for (; i < bytes; i += 4) {
-    store<f32>(to, load<f32>(p0 + i));
-    store<f32>(to, load<f32>(p1 + i), 4);
-    store<f32>(to, load<f32>(p2 + i), 8);
-    store<f32>(to, load<f32>(p3 + i), 12);
-    store<f32>(to, load<f32>(p4 + i), 16);
-    store<f32>(to, load<f32>(p5 + i), 20);
-    to += 24;
-  }
-}
-
-/** Panels of a transposed A, stored [k, rows]: six neighbours of each line. Lanes past `count` hold whatever follows; nobody reads them. */
-export function packColumns(job: PackRows, from: i32, to: i32, scratch: usize): void {
+/** Panels [k][6] of a transposed A. Lanes past its last row hold whatever follows; nobody reads them. */
+export function packColumns(job: PackColumns, from: i32, to: i32, scratch: usize): void {
   for (let i = from; i < to; i++) {
     const panel = changetype<Panel>(job.panels + (<usize>i) * offsetof<Panel>());
     const lda = <usize>job.lda;
-    let p = panel.rows;
+    let p = panel.columns;
     let out = panel.to;
     const end = out + (<usize>panel.k) * (MR * 4);
     while (out < end) {
@@ -189,51 +109,68 @@ function packBlockColumns<T>(b: usize, ldb: usize, n: i32, k: i32, to: usize): v
 
 // ---------------------------------------------------------------- the register tile
 
-/** c[rows x 8] (+)= panel of A times panel of B. `rows` is a constant of 1..6: the compiler drops the branches. */
+/**
+ * c[rows x 8] (+)= A times a panel of B. Row-major A: p0..p5 are its rows (`step6` 4). Packed A: they are six neighbours of a panel [k][6]
+ * (`step6` 24), and one address serves them all. `rows` and `packed` are constants: the compiler drops the branches.
+ */
 @inline
-function tile(rows: i32, a: usize, b: usize, step: usize, k: i32, c: usize, ldc: usize, add: bool): void {
+function tile(
+  rows: i32,
+  packed: bool,
+  p0: usize,
+  p1: usize,
+  p2: usize,
+  p3: usize,
+  p4: usize,
+  p5: usize,
+  b: usize,
+  step: usize,
+  k: i32,
+  c: usize,
+  ldc: usize,
+  add: bool,
+): void {
   let c00 = zero(), c01 = zero(), c10 = zero(), c11 = zero(), c20 = zero(), c21 = zero();
   let c30 = zero(), c31 = zero(), c40 = zero(), c41 = zero(), c50 = zero(), c51 = zero();
-  for (let i = 0; i < k; i++) {
+  const lane = packed ? <usize>(MR * 4) : 4; // bytes from one k to the next in A
+  const end = <usize>k * lane;
+  for (let i: usize = 0; i < end; i += lane) {
     const b0 = v128.load(b);
     const b1 = v128.load(b, 16);
-    let x = v128.load_splat<f32>(a);
+    let x = v128.load_splat<f32>(p0 + i);
     c00 = madd(x, b0, c00);
     c01 = madd(x, b1, c01);
-    if (rows > 1) {
-      x = v128.load_splat<f32>(a, 4);
-      c10 = madd(x, b0, c10);
-      c11 = madd(x, b1, c11);
-    }
+    x = packed ? v128.load_splat<f32>(p0 + i, 4) : v128.load_splat<f32>(p1 + i);
+    c10 = madd(x, b0, c10);
+    c11 = madd(x, b1, c11);
     if (rows > 2) {
-      x = v128.load_splat<f32>(a, 8);
+      x = packed ? v128.load_splat<f32>(p0 + i, 8) : v128.load_splat<f32>(p2 + i);
       c20 = madd(x, b0, c20);
       c21 = madd(x, b1, c21);
-    }
-    if (rows > 3) {
-      x = v128.load_splat<f32>(a, 12);
+      x = packed ? v128.load_splat<f32>(p0 + i, 12) : v128.load_splat<f32>(p3 + i);
       c30 = madd(x, b0, c30);
       c31 = madd(x, b1, c31);
     }
     if (rows > 4) {
-      x = v128.load_splat<f32>(a, 16);
+      x = packed ? v128.load_splat<f32>(p0 + i, 16) : v128.load_splat<f32>(p4 + i);
       c40 = madd(x, b0, c40);
       c41 = madd(x, b1, c41);
-    }
-    if (rows > 5) {
-      x = v128.load_splat<f32>(a, 20);
+      x = packed ? v128.load_splat<f32>(p0 + i, 20) : v128.load_splat<f32>(p5 + i);
       c50 = madd(x, b0, c50);
       c51 = madd(x, b1, c51);
     }
-    a += MR * 4;
     b += step;
   }
   put(c, c00, c01, add);
-  if (rows > 1) put(c + ldc, c10, c11, add);
-  if (rows > 2) put(c + 2 * ldc, c20, c21, add);
-  if (rows > 3) put(c + 3 * ldc, c30, c31, add);
-  if (rows > 4) put(c + 4 * ldc, c40, c41, add);
-  if (rows > 5) put(c + 5 * ldc, c50, c51, add);
+  put(c + ldc, c10, c11, add);
+  if (rows > 2) {
+    put(c + 2 * ldc, c20, c21, add);
+    put(c + 3 * ldc, c30, c31, add);
+  }
+  if (rows > 4) {
+    put(c + 4 * ldc, c40, c41, add);
+    put(c + 5 * ldc, c50, c51, add);
+  }
 }
 
 @inline
@@ -246,55 +183,54 @@ function put(c: usize, x: v128, y: v128, add: bool): void {
   v128.store(c, y, 16);
 }
 
-function tile6(a: usize, b: usize, step: usize, k: i32, c: usize, ldc: usize, add: bool): void {
-  tile(6, a, b, step, k, c, ldc, add);
+function packedTile(a: usize, b: usize, step: usize, k: i32, c: usize, ldc: usize, add: bool): void {
+  tile(6, true, a, a, a, a, a, a, b, step, k, c, ldc, add);
 }
-function tile4(a: usize, b: usize, step: usize, k: i32, c: usize, ldc: usize, add: bool): void {
-  tile(4, a, b, step, k, c, ldc, add);
-}
-function tile2(a: usize, b: usize, step: usize, k: i32, c: usize, ldc: usize, add: bool): void {
-  tile(2, a, b, step, k, c, ldc, add);
-}
-
-/** One tile of any size up to 6 x 8: edges go through a whole tile in scratch. */
-function anyTile(
-  rows: i32,
-  columns: i32,
-  a: usize,
+function tile6(
+  p0: usize,
+  p1: usize,
+  p2: usize,
+  p3: usize,
+  p4: usize,
+  p5: usize,
   b: usize,
   step: usize,
   k: i32,
   c: usize,
   ldc: usize,
   add: bool,
-  buffer: usize,
 ): void {
-  const direct = columns == NR && (rows & 1) == 0;
-  const to = direct ? c : buffer;
-  const ld = direct ? ldc : <usize>(NR * 4);
-  const sum = direct && add;
-  if (rows > 4) tile6(a, b, step, k, to, ld, sum);
-  else if (rows > 2) tile4(a, b, step, k, to, ld, sum);
-  else tile2(a, b, step, k, to, ld, sum);
-  if (direct) return;
-  for (let r = 0; r < rows; r++) {
-    for (let j: usize = 0; j < (<usize>columns) << 2; j += 4) {
-      const x = load<f32>(buffer + j);
-      store<f32>(c + j, add ? load<f32>(c + j) + x : x);
-    }
-    buffer += NR * 4;
-    c += ldc;
-  }
+  tile(6, false, p0, p1, p2, p3, p4, p5, b, step, k, c, ldc, add);
+}
+function tile4(
+  p0: usize,
+  p1: usize,
+  p2: usize,
+  p3: usize,
+  b: usize,
+  step: usize,
+  k: i32,
+  c: usize,
+  ldc: usize,
+  add: bool,
+): void {
+  tile(4, false, p0, p1, p2, p3, p0, p0, b, step, k, c, ldc, add);
+}
+function tile2(p0: usize, p1: usize, b: usize, step: usize, k: i32, c: usize, ldc: usize, add: bool): void {
+  tile(2, false, p0, p1, p0, p0, p0, p0, b, step, k, c, ldc, add);
 }
 
-/** c[m x n] (+)= panels of A (`k` long, starting at `a`, `stride` bytes apart) times one packed block of B. */
-function multiplyPacked(
-  a: usize,
-  stride: usize,
-  m: i32,
-  n: i32,
+/**
+ * c[m x n] (+)= A times one block of B, `k` long from `first` on. Edge tiles are computed whole in `buffer`; rows past the last are its copies.
+ * B: panels `panelBytes` apart, lines `step` bytes apart.
+ */
+function multiplyBlock(
+  job: Product,
+  task: Task,
+  first: i32,
   k: i32,
   b: usize,
+  n: i32,
   panelBytes: usize,
   step: usize,
   c: usize,
@@ -302,17 +238,48 @@ function multiplyPacked(
   add: bool,
   buffer: usize,
 ): void {
+  const m = task.m;
+  const packed = job.packed != 0;
+  const at = <usize>first << 2;
   for (let i = 0; i < m; i += MR) {
     const rows = min(m - i, MR);
+    let p0: usize, p1: usize = 0, p2: usize = 0, p3: usize = 0, p4: usize = 0, p5: usize = 0;
+    if (packed) p0 = task.a + <usize>((i * task.k + first * MR) * 4);
+    else {
+      p0 = rowOf(job, task, i) + at;
+      p1 = rows > 1 ? rowOf(job, task, i + 1) + at : p0;
+      p2 = rows > 2 ? rowOf(job, task, i + 2) + at : p0;
+      p3 = rows > 3 ? rowOf(job, task, i + 3) + at : p0;
+      p4 = rows > 4 ? rowOf(job, task, i + 4) + at : p0;
+      p5 = rows > 5 ? rowOf(job, task, i + 5) + at : p0;
+    }
     let panel = b;
     for (let j = 0; j < n; j += NR) {
-      const to = c + ((<usize>j) << 2);
-      if (rows == MR && n - j >= NR) tile6(a, panel, step, k, to, ldc, add);
-      else anyTile(rows, min(n - j, NR), a, panel, step, k, to, ldc, add, buffer);
+      const columns = min(n - j, NR);
+      const direct = columns == NR && (rows == MR || ((rows & 1) == 0 && !packed));
+      const whole = c + ((<usize>j) << 2);
+      const to = direct ? whole : buffer;
+      const ld = direct ? ldc : <usize>(NR * 4);
+      const sum = direct && add;
+      if (packed) packedTile(p0, panel, step, k, to, ld, sum);
+      else if (rows > 4) tile6(p0, p1, p2, p3, p4, p5, panel, step, k, to, ld, sum);
+      else if (rows > 2) tile4(p0, p1, p2, p3, panel, step, k, to, ld, sum);
+      else tile2(p0, p1, panel, step, k, to, ld, sum);
+      if (!direct) copyTile(buffer, whole, ldc, rows, columns, add);
       panel += panelBytes;
     }
-    a += stride;
     c += (<usize>MR) * ldc;
+  }
+}
+
+function copyTile(from: usize, c: usize, ldc: usize, rows: i32, columns: i32, add: bool): void {
+  for (let r = 0; r < rows; r++) {
+    for (let j: usize = 0; j < (<usize>columns) << 2; j += 4) {
+      const x = load<f32>(from + j);
+      store<f32>(c + j, add ? load<f32>(c + j) + x : x);
+    }
+    from += NR * 4;
+    c += ldc;
   }
 }
 
@@ -321,23 +288,30 @@ function multiplyPacked(
 @unmanaged
 class Product {
   tasks: usize; // of Task
-  ldb: i32; // bytes from row to row
+  lda: i32; // bytes from row to row
+  ldb: i32;
   ldc: i32;
   kind: i32; // storage of B: F32_KIND, BF16_KIND, F16_KIND
   columns: i32; // 0: B stored [n, k]; 1: B stored [k, n]
+  packed: i32; // 1: A in panels [k][6]
+  gathered: usize; // 0, or the address of row 0 where task.a is a list of row ids
   half: i32; // SwiGLU: bytes from a gate row of B to its up row
-  lda: i32; // dots: bytes from row to row of A
-  gathered: usize; // dots: 0, or the address of row 0 when task.a is a list of row ids
 }
 @unmanaged
 class Task {
-  a: usize; // packed panels, rows, or ids of rows
+  a: usize; // rows, ids of rows, or panels
   m: i32;
   k: i32;
   b: usize;
   n: i32; // at most NC
   c: usize;
   bias: usize; // 0: none
+}
+
+@inline
+function rowOf(job: Product, task: Task, i: i32): usize {
+  const lda = <usize>job.lda;
+  return job.gathered ? job.gathered + <usize>load<i32>(task.a + ((<usize>i) << 2)) * lda : task.a + <usize>i * lda;
 }
 
 function packBlock(b: usize, ldb: usize, kind: i32, columns: i32, n: i32, k: i32, to: usize): void {
@@ -363,7 +337,7 @@ function alongK(job: Product, by: i32): usize {
   return <usize>by * <usize>(job.columns ? job.ldb : elementSize(job.kind));
 }
 
-/** Products from packed panels of A: c = a b (+ bias). */
+/** Products of many rows: c = a b (+ bias). */
 export function multiply(job: Product, from: i32, to: i32, scratch: usize): void {
   for (let t = from; t < to; t++) {
     const task = changetype<Task>(job.tasks + (<usize>t) * offsetof<Task>());
@@ -374,25 +348,14 @@ export function multiply(job: Product, from: i32, to: i32, scratch: usize): void
     const straight = job.columns && job.kind == F32_KIND && m <= 4;
     for (let i = 0; i < k; i += KC) {
       const length = min(k - i, KC);
-      let b = task.b + alongK(job, i);
-      if (!straight) {
+      const add = i > 0 || task.bias != 0;
+      const b = task.b + alongK(job, i);
+      if (straight) multiplyBlock(job, task, i, length, b, n, NR * 4, <usize>job.ldb, task.c, ldc, add, scratch + TILE_OFFSET);
+      else {
         packBlock(b, <usize>job.ldb, job.kind, job.columns, n, length, scratch);
-        b = scratch;
+        const panel = panelStride(length);
+        multiplyBlock(job, task, i, length, scratch, n, panel, NR * 4, task.c, ldc, add, scratch + TILE_OFFSET);
       }
-      multiplyPacked(
-        task.a + <usize>(i * MR * 4),
-        <usize>(k * MR * 4),
-        m,
-        n,
-        length,
-        b,
-        straight ? <usize>(NR * 4) : panelStride(length),
-        straight ? <usize>job.ldb : <usize>(NR * 4),
-        task.c,
-        ldc,
-        i > 0 || task.bias != 0,
-        scratch + TILE_OFFSET,
-      );
     }
   }
 }
@@ -405,54 +368,37 @@ function fillRows(c: usize, ldc: usize, m: i32, n: i32, bias: usize): void {
   }
 }
 
-/**
- * The first half of a SwiGLU expert: `n` hidden units, gate row and up row of each, from packed panels of A. The result silu(gate) * up goes
- * straight into panels [hidden][6] for the second product; `c` is the address of the task's first unit in its first panel, job.ldc one panel.
- */
+/** The first half of a SwiGLU expert, many rows: `n` hidden units, the gate row and the up row of each; c = silu(gates) * ups. */
 export function multiplySwiglu(job: Product, from: i32, to: i32, scratch: usize): void {
   const block = scratch + BLOCK_OFFSET;
   for (let t = from; t < to; t++) {
     const task = changetype<Task>(job.tasks + (<usize>t) * offsetof<Task>());
-    const m = task.m, n = task.n, k = task.k;
+    const n = task.n, k = task.k;
     const padded = (n + NR - 1) & -NR;
     const ld = <usize>(padded * 8);
-    if (k == 0) memory.fill(block, 0, <usize>m * ld);
+    if (k == 0) memory.fill(block, 0, <usize>task.m * ld);
     for (let i = 0; i < k; i += KC) {
       const length = min(k - i, KC);
       const b = task.b + alongK(job, i);
-      const up = <usize>(padded / NR) * panelStride(length);
-      packBlock(b, <usize>job.ldb, job.kind, 0, n, length, scratch);
-      packBlock(b + <usize>job.half, <usize>job.ldb, job.kind, 0, n, length, scratch + up);
-      const a = task.a + <usize>(i * MR * 4);
       const panel = panelStride(length);
-      multiplyPacked(
-        a,
-        <usize>(k * MR * 4),
-        m,
-        2 * padded,
-        length,
-        scratch,
-        panel,
-        NR * 4,
-        block,
-        ld,
-        i > 0,
-        scratch + TILE_OFFSET,
-      );
+      packBlock(b, <usize>job.ldb, job.kind, 0, n, length, scratch);
+      packBlock(b + <usize>job.half, <usize>job.ldb, job.kind, 0, n, length, scratch + <usize>(padded / NR) * panel);
+      multiplyBlock(job, task, i, length, scratch, 2 * padded, panel, NR * 4, block, ld, i > 0, scratch + TILE_OFFSET);
     }
-    for (let r = 0; r < m; r++) {
-      const gates = block + (<usize>r) * ld;
-      let out = task.c + <usize>(r / MR) * <usize>job.ldc + <usize>((r % MR) * 4);
-      for (let j = 0; j < n; j += 4) {
-        const g = gates + ((<usize>j) << 2);
-        const y = f32x4.mul(silu4(v128.load(g)), v128.load(g + ((<usize>padded) << 2)));
-        store<f32>(out, f32x4.extract_lane(y, 0));
-        if (j + 1 < n) store<f32>(out, f32x4.extract_lane(y, 1), MR * 4);
-        if (j + 2 < n) store<f32>(out, f32x4.extract_lane(y, 2), MR * 8);
-        if (j + 3 < n) store<f32>(out, f32x4.extract_lane(y, 3), MR * 12);
-        out += MR * 16;
-      }
+    gate(block, block + ((<usize>padded) << 2), ld, task.m, n, task.c, <usize>job.ldc);
+  }
+}
+
+/** y[m x n] = silu(gates) * ups */
+function gate(gates: usize, ups: usize, ld: usize, m: i32, n: i32, y: usize, ldy: usize): void {
+  for (let r = 0; r < m; r++) {
+    for (let j = 0; j < n; j += 4) {
+      const at = (<usize>j) << 2;
+      storeTail(y + at, f32x4.mul(silu4(v128.load(gates + at)), v128.load(ups + at)), n - j);
     }
+    gates += ld;
+    ups += ld;
+    y += ldy;
   }
 }
 
@@ -555,12 +501,6 @@ function dots2<T>(
   dotRows<T>(true, a0, a1, b, ldb, n, k, c0, c1, add);
 }
 
-@inline
-function rowOf(job: Product, task: Task, i: i32): usize {
-  const lda = <usize>job.lda;
-  return job.gathered ? job.gathered + <usize>load<i32>(task.a + ((<usize>i) << 2)) * lda : task.a + <usize>i * lda;
-}
-
 /** c[m x n] (+)= rows of A times n rows of B. */
 function dotBlock<T>(job: Product, task: Task, b: usize, n: i32, c: usize, ldc: usize, add: bool): void {
   const m = task.m, k = task.k;
@@ -610,14 +550,6 @@ export function dotsSwiglu(job: Product, from: i32, to: i32, scratch: usize): vo
     const ups = scratch + <usize>task.m * ld;
     dotAny(job, task, task.b, n, scratch, ld, 0);
     dotAny(job, task, task.b + <usize>job.half, n, ups, ld, 0);
-    for (let r = 0; r < task.m; r++) {
-      const at = <usize>r * ld;
-      const out = task.c + <usize>r * <usize>job.ldc;
-      for (let j = 0; j < n; j += 4) {
-        const x = (<usize>j) << 2;
-        const y = f32x4.mul(silu4(v128.load(scratch + at + x)), v128.load(ups + at + x));
-        storeTail(out + x, y, n - j);
-      }
-    }
+    gate(scratch, ups, ld, task.m, n, task.c, <usize>job.ldc);
   }
 }

@@ -2,7 +2,7 @@
 import type { Kernel } from "@switchyard/core";
 import { at, type Device, elementBytes, type Input, lastOf, only, rowsOf, sizeOf } from "../device.ts";
 import type { Block } from "../heap.ts";
-import { FEW_ROWS, kindOf, MAX_COLUMNS, multiply, PANEL, rowsPerTask } from "./matmul.ts";
+import { FEW_ROWS, type Job, kindOf, MAX_COLUMNS, multiply, rowsPerTask, runTasks } from "./matmul.ts";
 
 /** Hidden units of a task of the SwiGLU kernels: the gate and up columns of a packed block; rows of dot products. */
 const PACKED_UNITS = MAX_COLUMNS / 2;
@@ -99,100 +99,64 @@ export function expertKernels(
         const [rows, slots, ends] = [list, list + bound * 4, list + 2 * bound * 4];
         dispatch(device, ids, count, bound, { rows, slots, ends });
 
-        // Blocks of rows, one per expert that has any. `inner` holds silu(gate) * up: rows for experts with few rows, panels for the others.
+        // Blocks of rows, one per expert that has any. inner [bound, units] = silu(gates) * ups, out [bound, width].
         const closed = Array.from(device.heap.i32().subarray(ends / 4, ends / 4 + count));
         const blocks = closed
-          .map((end, e) => ({ e, from: e === 0 ? 0 : at(closed, e - 1), m: end - (e === 0 ? 0 : at(closed, e - 1)) }))
-          .filter(({ m }) => m > 0)
-          .map((b) => ({ ...b, few: b.m <= FEW_ROWS, inner: 0 }));
-        const panelRows = (m: number): number => Math.ceil(m / PANEL) * PANEL;
-        let address = device.temporary(blocks.reduce((n, b) => n + panelRows(b.m), 0) * units * 4).ptr;
-        for (const block of blocks) {
-          block.inner = address;
-          address += panelRows(block.m) * units * 4;
-        }
-        const [few, many] = [blocks.filter((b) => b.few), blocks.filter((b) => !b.few)];
+          .map((end, e) => ({ e, from: closed[e - 1] ?? 0, m: end - (closed[e - 1] ?? 0) }))
+          .filter(({ m }) => m > 0);
+        const inner = device.temporary(bound * units * 4).ptr;
+        const out = device.temporary(bound * width * 4).ptr;
         const [lineG, lineD] = [width * elementBytes(gateUp.dtype), units * elementBytes(down.dtype)];
-        const expertG = 2 * units * lineG;
-        const half = units * lineG;
-        const flops = (b: readonly { readonly m: number }[]): number =>
-          b.reduce((n, { m }) => n + 4 * m * width * units, 0);
-
-        if (few.length > 0) {
-          const tasks: number[] = [];
-          for (const { e, from, m, inner } of few) {
-            for (let j = 0; j < units; j += DOT_UNITS) {
-              const w = gateUp.handle.ptr + e * expertG + j * lineG;
-              tasks.push(rows + from * 4, m, width, w, Math.min(DOT_UNITS, units - j), inner + 4 * j, 0);
+        const job: Job = {
+          lda: width * 4,
+          ldb: lineG,
+          ldc: units * 4,
+          kind: kindOf(gateUp),
+          gathered: hidden.handle.ptr,
+          half: units * lineG,
+        };
+        const [few, many]: [number[], number[]] = [[], []];
+        let flops = 0;
+        for (const { e, from, m } of blocks) {
+          const dots = m <= FEW_ROWS;
+          const step = dots ? m : rowsPerTask(device, m, 2 * units, blocks.length);
+          const columns = dots ? DOT_UNITS : PACKED_UNITS;
+          for (let r = 0; r < m; r += step) {
+            for (let j = 0; j < units; j += columns) {
+              const w = gateUp.handle.ptr + (2 * e * units + j) * lineG;
+              const c = inner + ((from + r) * units + j) * 4;
+              const task = [rows + (from + r) * 4, Math.min(step, m - r), width, w, Math.min(columns, units - j), c, 0];
+              (dots ? few : many).push(...task);
             }
           }
-          const job = [device.table(tasks), lineG, units * 4, kindOf(gateUp), 0, half, width * 4, hidden.handle.ptr];
-          device.launch("dotsSwiglu", job, tasks.length / 7, flops(few) / 10);
+          flops += 4 * m * width * units;
         }
-        if (many.length > 0) {
-          const packed = packGathered(device, many, { rows, hidden, width });
-          const tasks: number[] = [];
-          many.forEach(({ e, m, inner }, i) => {
-            const step = rowsPerTask(device, m, 2 * units, many.length);
-            for (let r = 0; r < m; r += step) {
-              for (let j = 0; j < units; j += PACKED_UNITS) {
-                const a = at(packed, i) + r * width * 4;
-                const w = gateUp.handle.ptr + e * expertG + j * lineG;
-                const c = inner + r * units * 4 + j * PANEL * 4;
-                tasks.push(a, Math.min(step, m - r), width, w, Math.min(PACKED_UNITS, units - j), c, 0);
-              }
-            }
-          });
-          const job = [device.table(tasks), lineG, units * PANEL * 4, kindOf(gateUp), 0, half, 0, 0];
-          device.launch("multiplySwiglu", job, tasks.length / 7, flops(many) / 30);
-        }
-
-        const out = device.temporary(bound * width * 4).ptr;
-        const products = (b: typeof blocks) =>
-          b.map(({ e, from, m, inner }) => ({
-            a: inner,
+        runTasks(device, "dotsSwiglu", few, job, flops / 8);
+        runTasks(device, "multiplySwiglu", many, job, flops / 30);
+        multiply(
+          device,
+          blocks.map(({ e, from, m }) => ({
+            a: inner + from * units * 4,
             b: down.handle.ptr + e * width * lineD,
             c: out + from * width * 4,
             m,
             k: units,
-          }));
-        const layout = {
-          n: width,
-          lda: units * 4,
-          ldb: lineD,
-          ldc: width * 4,
-          transposedA: false,
-          columnsB: false,
-          kindB: kindOf(down),
-          bias: 0,
-        };
-        multiply(device, products(few), layout);
-        multiply(device, products(many), { ...layout, packedA: true });
+          })),
+          {
+            n: width,
+            lda: units * 4,
+            ldb: lineD,
+            ldc: width * 4,
+            transposedA: false,
+            columnsB: false,
+            kindB: kindOf(down),
+            bias: 0,
+          },
+        );
         combine(out, weights, slots, bound, y.ptr, width);
         return [y];
       },
       only("fwwif"),
     ),
   };
-}
-
-/** Packs the rows of each block, named by their ids; gives the address of each block's first panel. */
-function packGathered(
-  device: Device,
-  blocks: readonly { readonly from: number; readonly m: number }[],
-  { rows, hidden, width }: { readonly rows: number; readonly hidden: Input; readonly width: number },
-): number[] {
-  const floats = blocks.reduce((n, { m }) => n + Math.ceil(m / PANEL) * PANEL * width, 0);
-  let to = device.temporary(floats * 4).ptr;
-  const panels: number[] = [];
-  const starts = blocks.map(({ from, m }) => {
-    const start = to;
-    for (let r = 0; r < m; r += PANEL) {
-      panels.push(rows + (from + r) * 4, Math.min(PANEL, m - r), width, to);
-      to += PANEL * width * 4;
-    }
-    return start;
-  });
-  device.launch("packGathered", [device.table(panels), hidden.handle.ptr, width * 4], panels.length / 4, floats / 2);
-  return starts;
 }

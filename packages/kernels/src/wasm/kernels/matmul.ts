@@ -4,13 +4,13 @@ import type { Kernel } from "@switchyard/core";
 import { at, type Device, elementBytes, type Input, lastOf, only, rowsOf, sizeOf } from "../device.ts";
 import type { Block } from "../heap.ts";
 
-/** As in assembly/matmul.ts: rows of a packed panel of A; most columns of a task. */
+/** As in assembly/matmul.ts: rows of the register tile; most columns of a task. */
 export const PANEL = 6;
 export const MAX_COLUMNS = 128;
 /** Rows of A per task where A is long: one block of packed B serves them all. */
 const MAX_ROWS = PANEL * 40;
 /** Up to this many rows, products with weights stored [n, k] run on dot products without packing. */
-export const FEW_ROWS = 20;
+export const FEW_ROWS = 24;
 /** Columns of a task of dot products. */
 const DOT_COLUMNS = 32;
 /** Bytes of scratch a thread needs: a packed block of B, an edge tile, and the SwiGLU block of MAX_ROWS rows. */
@@ -40,82 +40,87 @@ export interface Layout {
   readonly kindB: number;
   /** Address of [n] floats, or 0. */
   readonly bias: number;
-  /** Every A already is in panels. */
-  readonly packedA?: boolean;
+}
+
+/** What the wasm kernels take beside their tasks. */
+export interface Job {
+  readonly lda: number;
+  readonly ldb: number;
+  readonly ldc: number;
+  readonly kind: number;
+  readonly columns?: boolean;
+  readonly packed?: boolean;
+  /** Address of row 0 where tasks name rows by lists of ids. */
+  readonly gathered?: number;
+  /** Bytes from a gate row to its up row. */
+  readonly half?: number;
+}
+/** Words of a task: a, m, k, b, n, c, bias. */
+const TASK = 7;
+
+/** Runs one of the wasm kernels over tasks. */
+export function runTasks(device: Device, kernel: string, tasks: readonly number[], job: Job, cost: number): void {
+  if (tasks.length === 0) return;
+  const { lda, ldb, ldc, kind, columns, packed, gathered = 0, half = 0 } = job;
+  const words = [device.table(tasks), lda, ldb, ldc, kind, columns ? 1 : 0, packed ? 1 : 0, gathered, half];
+  device.launch(kernel, words, tasks.length / TASK, cost);
 }
 
 /** c = a b (+ bias) for every product of the list. */
 export function multiply(device: Device, products: readonly Product[], layout: Layout): void {
-  const { n, lda, ldb, ldc, columnsB, kindB, bias } = layout;
+  const { n, lda, ldb, ldc, transposedA, columnsB, kindB, bias } = layout;
   if (n === 0) return;
-  const few = (p: Product): boolean => p.m <= FEW_ROWS && !layout.transposedA && !columnsB && !layout.packedA;
-  const job = (tasks: number): number[] => [tasks, ldb, ldc, kindB, columnsB ? 1 : 0, 0, lda, 0];
-  const bytesB = columnsB ? 4 : ldb;
-  const sizeB = kindB === 0 ? 4 : 2;
+  const job: Job = { lda, ldb, ldc, kind: kindB, columns: columnsB };
+  const [few, many]: [Product[], Product[]] = [[], []];
+  for (const p of products) if (p.m > 0) (p.m <= FEW_ROWS && !transposedA && !columnsB ? few : many).push(p);
+  const flops = (list: readonly Product[]): number => list.reduce((sum, p) => sum + 2 * p.m * p.k * n, 0);
 
   const dots: number[] = [];
-  let flops = 0;
-  for (const p of products) {
-    if (p.m === 0 || !few(p)) continue;
-    flops += 2 * p.m * p.k * n;
+  for (const p of few) {
     for (let j = 0; j < n; j += DOT_COLUMNS) {
-      dots.push(p.a, p.m, p.k, p.b + j * bytesB, Math.min(DOT_COLUMNS, n - j), p.c + 4 * j, bias && bias + 4 * j);
+      dots.push(p.a, p.m, p.k, p.b + j * ldb, Math.min(DOT_COLUMNS, n - j), p.c + 4 * j, bias && bias + 4 * j);
     }
   }
   // One row is bound by memory, not by arithmetic.
-  if (dots.length > 0)
-    device.launch("dots", job(device.table(dots)), dots.length / TASK, Math.max(flops / SPEED, flops / 8));
+  runTasks(device, "dots", dots, job, flops(few) / 8);
 
-  const large = products.filter((p) => p.m > 0 && !few(p));
-  if (large.length === 0) return;
-  const packed = layout.packedA ? large.map((p) => p.a) : packA(device, large, layout);
+  const packed = transposedA ? packColumns(device, many, lda) : undefined;
+  const stepB = columnsB ? (kindB === 0 ? 4 : 2) : ldb;
   const tasks: number[] = [];
-  flops = 0;
-  large.forEach((p, i) => {
-    flops += 2 * p.m * p.k * n;
-    const step = rowsPerTask(device, p.m, n, large.length);
-    for (let r = 0; r < p.m; r += step) {
+  many.forEach(({ a, b, c, m, k }, i) => {
+    const step = rowsPerTask(device, m, n, many.length);
+    for (let r = 0; r < m; r += step) {
+      const rows = packed ? at(packed, i) + r * k * 4 : a + r * lda;
       for (let j = 0; j < n; j += MAX_COLUMNS) {
-        const b = p.b + j * (columnsB ? sizeB : ldb);
-        const m = Math.min(step, p.m - r);
         const columns = Math.min(MAX_COLUMNS, n - j);
-        tasks.push(at(packed, i) + r * p.k * 4, m, p.k, b, columns, p.c + r * ldc + 4 * j, bias && bias + 4 * j);
+        tasks.push(rows, Math.min(step, m - r), k, b + j * stepB, columns, c + r * ldc + 4 * j, bias && bias + 4 * j);
       }
     }
   });
-  device.launch("multiply", job(device.table(tasks)), tasks.length / TASK, flops / SPEED);
+  runTasks(device, "multiply", tasks, { ...job, packed: transposedA }, flops(many) / SPEED);
 }
-/** Words of a task. */
-export const TASK = 7;
 
-/** Rows per task, a multiple of the panel: fewer where otherwise some threads had nothing to do. */
+/** Rows per task, a multiple of the tile: fewer where otherwise some threads had nothing to do. */
 export function rowsPerTask(device: Device, m: number, n: number, products: number): number {
   const columns = Math.ceil(n / MAX_COLUMNS) * products;
   const parts = Math.max(Math.ceil(m / MAX_ROWS), Math.ceil((2 * device.threads) / columns));
   return Math.max(Math.ceil(m / parts / PANEL) * PANEL, 4 * PANEL);
 }
 
-/** Packs every A into panels [k][6]; gives the address of each one's first panel. */
-function packA(device: Device, products: readonly Product[], { lda, transposedA }: Layout): number[] {
-  let floats = 0;
-  for (const p of products) floats += Math.ceil(p.m / PANEL) * PANEL * p.k;
-  const { ptr } = device.temporary(floats * 4 + 64);
+/** Packs every transposed A into panels [k][6]; gives the address of each one's first panel. */
+function packColumns(device: Device, products: readonly Product[], lda: number): number[] {
+  const floats = products.reduce((sum, { m, k }) => sum + Math.ceil(m / PANEL) * PANEL * k, 0);
+  let to = device.temporary(floats * 4).ptr;
   const panels: number[] = [];
-  const starts: number[] = [];
-  let to = ptr;
-  for (const p of products) {
-    starts.push(to);
-    for (let r = 0; r < p.m; r += PANEL) {
-      panels.push(p.a + r * (transposedA ? 4 : lda), Math.min(PANEL, p.m - r), p.k, to);
-      to += p.k * PANEL * 4;
+  const starts = products.map(({ a, m, k }) => {
+    const start = to;
+    for (let r = 0; r < m; r += PANEL) {
+      panels.push(a + r * 4, k, to);
+      to += k * PANEL * 4;
     }
-  }
-  device.launch(
-    transposedA ? "packColumns" : "packRows",
-    [device.table(panels), 0, lda],
-    panels.length / 4,
-    floats / 2,
-  );
+    return start;
+  });
+  device.launch("packColumns", [device.table(panels), lda], panels.length / 3, floats / 2);
   return starts;
 }
 
