@@ -4,6 +4,7 @@ import { createHash } from "node:crypto";
 import { existsSync, readdirSync, readFileSync, renameSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { deflateRawSync } from "node:zlib";
 
 const here = dirname(fileURLToPath(import.meta.url));
@@ -14,18 +15,22 @@ const sources = readdirSync(folder)
   .sort();
 
 const asc = (await import("assemblyscript/asc")).default;
-const hash = createHash("sha256")
-  .update(asc.version)
-  .update(readFileSync(fileURLToPath(import.meta.url)));
-for (const name of sources) hash.update(name).update(readFileSync(join(folder, name), "utf8").replaceAll("\r\n", "\n"));
-const digest = hash.digest("hex").slice(0, 32);
+if (isMainThread) await build();
+else parentPort?.postMessage(await compile(workerData));
 
-const first = existsSync(target) ? readFileSync(target, "utf8").split("\n", 1)[0] : "";
-if (first?.endsWith(digest)) {
-  console.log("wasm: up to date");
-} else {
-  const binaries = [];
-  for (const variant of ["relaxed", "plain"]) binaries.push([variant, await compile(variant)]);
+async function build() {
+  const hash = createHash("sha256")
+    .update(asc.version)
+    .update(readFileSync(fileURLToPath(import.meta.url)));
+  for (const name of sources) {
+    hash.update(name).update(readFileSync(join(folder, name), "utf8").replaceAll("\r\n", "\n"));
+  }
+  const digest = hash.digest("hex").slice(0, 32);
+  const first = existsSync(target) ? readFileSync(target, "utf8").split("\n", 1)[0] : "";
+  if (first?.endsWith(digest)) {
+    console.log("wasm: up to date");
+    return;
+  }
   const lines = [
     `// Made by build-wasm.mjs from assembly/; do not edit. ${digest}`,
     "/** The two builds: raw deflate in base64, and where in the binary the flag byte of the memory import stands. */",
@@ -34,13 +39,24 @@ if (first?.endsWith(digest)) {
     "  readonly memoryFlag: number;",
     "}",
   ];
-  for (const [variant, bytes] of binaries) {
+  const variants = ["relaxed", "plain"];
+  const binaries = await Promise.all(variants.map(inThread));
+  for (const [i, bytes] of binaries.entries()) {
     const data = deflateRawSync(bytes, { level: 9 }).toString("base64");
-    lines.push(`export const ${variant}: Binary = { memoryFlag: ${memoryFlag(bytes)}, data: "${data}" };`);
-    console.log(`wasm: ${variant} ${bytes.length} bytes, ${Math.round((data.length * 3) / 4)} compressed`);
+    lines.push(`export const ${variants[i]}: Binary = { memoryFlag: ${memoryFlag(bytes)}, data: "${data}" };`);
+    console.log(`wasm: ${variants[i]} ${bytes.length} bytes, ${Math.round((data.length * 3) / 4)} compressed`);
   }
   writeFileSync(`${target}.part`, `${lines.join("\n")}\n`);
   renameSync(`${target}.part`, target);
+}
+
+/** The compiler keeps its thread busy for seconds: each variant gets one. @param {string} variant @returns {Promise<Uint8Array>} */
+function inThread(variant) {
+  return new Promise((resolve, reject) => {
+    const worker = new Worker(new URL(import.meta.url), { workerData: variant });
+    worker.once("message", resolve);
+    worker.once("error", reject);
+  });
 }
 
 /** @param {string} variant @returns {Promise<Uint8Array>} */

@@ -32,22 +32,22 @@ function widenBf16(x: v128): v128 {
   return v128.shuffle<u16>(i32x4.splat(0), x, 0, 8, 1, 9, 2, 10, 3, 11);
 }
 
-/** Four halves, one in the low part of each 32-bit lane, to f32: exact, also for subnormals, infinities and NaN. */
+/** Four halves, sign-extended to 32 bits, to f32: exact, also for subnormals, infinities and NaN. */
 @inline
 export function halfToFloat(h: v128): v128 {
-  const sign = i32x4.shl(v128.and(h, i32x4.splat(0x8000)), 16);
-  const magnitude = i32x4.shl(v128.and(h, i32x4.splat(0x7fff)), 13);
-  // Exponent 31 (infinity, NaN) becomes 143 by the multiplication; it has to be 255.
-  const special = v128.and(i32x4.gt_s(magnitude, i32x4.splat(0x0f7fffff)), i32x4.splat(0x7f800000));
-  const value = f32x4.mul(magnitude, f32x4.splat(reinterpret<f32>(0x77800000))); // 2^112
-  return v128.or(v128.or(value, special), sign);
+  // Sign and magnitude in the places of an f32 whose exponent is 112 too small; the three copies of the sign are masked out.
+  const bits = v128.and(i32x4.shl(h, 13), i32x4.splat(0x8fffffff));
+  const value = f32x4.mul(bits, f32x4.splat(reinterpret<f32>(0x77800000))); // 2^112
+  // Exponent 31 (infinity, NaN) has become 2^16; it has to be 255.
+  const special = f32x4.ge(f32x4.abs(value), f32x4.splat(65536));
+  return v128.or(value, v128.and(special, i32x4.splat(0x7f800000)));
 }
 
 /** Four consecutive elements of type T as f32. */
 @inline
 export function load4<T>(p: usize): v128 {
   if (isFloat<T>()) return v128.load(p);
-  if (isSigned<T>()) return halfToFloat(v128.load_ext<u16>(p));
+  if (isSigned<T>()) return halfToFloat(v128.load_ext<i16>(p));
   return widenBf16(v128.load_zero<u64>(p));
 }
 
@@ -55,7 +55,7 @@ export function load4<T>(p: usize): v128 {
 @inline
 export function splat1<T>(p: usize): v128 {
   if (isFloat<T>()) return v128.load_splat<f32>(p);
-  if (isSigned<T>()) return halfToFloat(i32x4.splat(<i32>load<u16>(p)));
+  if (isSigned<T>()) return halfToFloat(i32x4.splat(<i32>load<i16>(p)));
   return i32x4.splat((<i32>load<u16>(p)) << 16);
 }
 

@@ -17,7 +17,7 @@ export interface WasmOptions {
   readonly threads?: number;
   /** The build; default: relaxed SIMD where the engine has it. */
   readonly variant?: Variant;
-  /** Most bytes the heap may grow to; default 4 GB, the limit of 32-bit wasm. */
+  /** Most bytes the heap may grow to, from 32 MB; default 4 GB, the limit of 32-bit wasm. */
   readonly memory?: number;
 }
 
@@ -38,11 +38,13 @@ export interface WasmBackend extends Backend<WasmHandle> {
 
 const PAGE = 65_536;
 const MOST_PAGES = 65_536;
+const LEAST_BYTES = 2 ** 25;
 
 /**
  * The default backend: WebAssembly SIMD, threads where memory can be shared.
  * @example const cpu = engine(await wasm({ threads: 2 }));
- * @throws UnsupportedError without WebAssembly SIMD, or for a number of threads that is not a whole number above 0.
+ * @throws UnsupportedError without WebAssembly SIMD, for a number of threads that is not a whole number from 1 to 64, for less
+ * than 32 MB of memory.
  */
 export function wasm(options: WasmOptions = {}): Promise<WasmBackend> {
   return create(options, WORTH_SHARING);
@@ -55,6 +57,7 @@ export async function create(options: WasmOptions, shareFrom: number): Promise<W
   if (!Number.isInteger(asked) || asked < 1 || asked > 64) {
     throw new UnsupportedError(`wasm: threads must be a whole number from 1 to 64, not ${asked}`);
   }
+  if (!(limit >= LEAST_BYTES)) throw new UnsupportedError(`wasm: memory must be at least 32 MB, not ${limit} bytes`);
   const notes: string[] = [];
   if (variant === "plain" && options.variant === undefined) {
     notes.push(
@@ -97,16 +100,17 @@ async function start(
 /** A memory that may grow to `pages`; where the system refuses to set so much address space aside, to half of it, and so on. */
 function reserve(pages: number, shared: boolean): { readonly memory: WebAssembly.Memory; readonly pages: number } {
   const initial = 256;
-  for (let most = Math.max(pages, initial); ; most = Math.floor(most / 2)) {
+  for (let most = pages; ; most = Math.floor(most / 2)) {
     try {
-      return { memory: new WebAssembly.Memory({ initial, maximum: shared ? most : MOST_PAGES, shared }), pages: most };
+      return { memory: new WebAssembly.Memory({ initial, maximum: most, shared }), pages: most };
     } catch (error) {
       if (!(error instanceof RangeError) || most / 2 < initial) throw error;
     }
   }
 }
 
-function assemble(heap: Heap, pool: Pool, variant: Variant, note: string): WasmBackend {
+/** The backend over a heap and its threads. */
+export function assemble(heap: Heap, pool: Pool, variant: Variant, note: string): WasmBackend {
   const device = createDevice(heap, pool);
   let open = true;
   const check = (): void => {

@@ -1,8 +1,13 @@
 // Threads: the same bits whatever their number, clear refusals, an end.
 import type { Spec, TypedArray } from "@switchyard/core";
 import { describe, expect, it } from "vitest";
-import { create, type WasmBackend, wasm } from "./backend.ts";
+import { assemble, create, type WasmBackend, wasm } from "./backend.ts";
 import { call, f32, i32, integers, ints, uniform } from "./call.test-util.ts";
+import { createDevice } from "./device.ts";
+import { createHeap } from "./heap.ts";
+import { SCRATCH } from "./kernels/matmul.ts";
+import { compile } from "./loader.ts";
+import { createPool, HEAP_START } from "./pool.ts";
 
 /** Kernels whose work is cut into many pieces. */
 function everything(backend: WasmBackend): TypedArray[] {
@@ -62,6 +67,22 @@ describe("threads", () => {
     backend.dispose();
   });
 
+  it("report a kernel that fails in any of them, and go on", async () => {
+    const memory = new WebAssembly.Memory({ initial: 64, maximum: 64, shared: true });
+    const heap = createHeap(memory, HEAP_START, 64 * 65_536);
+    const scratch = [0, 1, 2].map(() => heap.alloc(SCRATCH, () => "scratch").ptr);
+    const pool = await createPool({ module: await compile("plain", true), memory, scratch, shareFrom: 0 });
+    const device = createDevice(heap, pool);
+    const outside = memory.buffer.byteLength;
+    // 4096 units: each thread gets some of them.
+    expect(() => device.launch("exp", [outside, outside, 0, 0, 0], 4096, 1)).toThrow(/out of bounds|failed in thread/);
+    const [x, y] = [heap.alloc(4_000, () => "x"), heap.alloc(4_000, () => "y")];
+    heap.f32().fill(0, x.ptr / 4, x.ptr / 4 + 1_000);
+    device.launch("exp", [x.ptr, y.ptr, 0, 0, 0], 60, 1);
+    expect(heap.f32().subarray(y.ptr / 4, y.ptr / 4 + 960)).toEqual(new Float32Array(960).fill(1));
+    pool.dispose();
+  });
+
   it.each([0, -1, 1.5, Number.NaN, 65])("refuses %d of them", async (threads) => {
     await expect(wasm({ threads })).rejects.toThrow(
       `wasm: threads must be a whole number from 1 to 64, not ${threads}`,
@@ -82,6 +103,26 @@ describe("threads", () => {
 });
 
 describe("memory", () => {
+  it.each([0, Number.NaN, 1e6])("refuses %d bytes", async (memory) => {
+    await expect(wasm({ memory })).rejects.toThrow(`wasm: memory must be at least 32 MB, not ${memory} bytes`);
+  });
+
+  it("works above two gigabytes, where addresses no longer fit a signed word", async () => {
+    // The gap is never touched, so the system never provides it.
+    const memory = new WebAssembly.Memory({ initial: 64, maximum: 65_536 });
+    const heap = createHeap(memory, HEAP_START, 65_536 * 65_536);
+    const scratch = heap.alloc(SCRATCH, () => "scratch").ptr;
+    heap.alloc(2 ** 31, () => "the gap");
+    const pool = await createPool({ module: await compile("plain", false), memory, scratch: [scratch], shareFrom: 0 });
+    const device = createDevice(heap, pool);
+    const high = assemble(heap, pool, "plain", "");
+    const low = await wasm({ threads: 1, variant: "plain" });
+    expect(device.temporary(4).ptr).toBeGreaterThan(2 ** 31);
+    expect(everything(high)).toEqual(everything(low));
+    low.dispose();
+    high.dispose();
+  });
+
   it("ends with an error that names the tensor, and the backend goes on", async () => {
     const backend = await wasm({ threads: 1, memory: 40e6 });
     const x = uniform(1, 1_000, 1_000);

@@ -86,7 +86,7 @@ export async function createPool({ module, memory, scratch, shareFrom }: PoolOpt
     Atomics.store(words, DONE, 0);
     const number = (Atomics.load(words, TICKET) >>> 12) + 1;
     Atomics.store(words, TICKET, (number << 12) | pieces);
-    if (Atomics.load(words, SLEEPERS) > 0) Atomics.notify(words, TICKET);
+    if (Atomics.load(words, SLEEPERS) > 0) Atomics.notify(words, TICKET, pieces - 1);
     let failure: unknown;
     for (;;) {
       const ticket = Atomics.load(words, TICKET);
