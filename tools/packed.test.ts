@@ -1,12 +1,13 @@
 // What users get: core, routers and kernels packed as for npm, installed into an empty folder, running the README's example.
 import { spawnSync } from "node:child_process";
-import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { root } from "./child.mjs";
 import { examples } from "./examples.ts";
 import { npm, type Packed, pack } from "./pack.ts";
+import type { Manifest } from "./workspace.ts";
 
 const names = ["core", "routers", "kernels"];
 let folder: string;
@@ -31,7 +32,12 @@ test("the tarballs hold the build, the manifest, the licence and the README, and
       expect.arrayContaining(["LICENSE", "README.md", "dist", "package.json"]),
     );
     expect(readdirSync(installed)).not.toContain("src");
-    expect(readdirSync(join(installed, "dist")).length).toBeGreaterThan(1);
+    const { exports = {} }: Manifest = JSON.parse(readFileSync(join(installed, "package.json"), "utf8"));
+    const promised = Object.values(exports).flatMap((target) =>
+      typeof target === "string" ? target : Object.values(target),
+    );
+    expect(promised.length).toBeGreaterThan(2);
+    expect(promised.filter((file) => !existsSync(join(installed, file)))).toEqual([]);
   }
 });
 

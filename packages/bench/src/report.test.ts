@@ -69,6 +69,39 @@ describe("renderReport", () => {
     expect(weights[0]).toBeGreaterThanOrEqual(weights[1]);
   });
 
+  test("in a browser the layer, the lit expert and the pointed-at token follow the reader", () => {
+    const page = parseHTML(html).document;
+    const script = [...page.querySelectorAll("script")].at(-1)?.textContent ?? "";
+    new Function("document", script)(page);
+    const box = page.querySelector(".reading");
+    const token = box?.querySelectorAll(".t")[4];
+    const chips = [...(box?.querySelectorAll(".chip") ?? [])];
+    const layers = results.runs[0]?.samples[0]?.tokens[4]?.layers ?? [];
+    const leading = (layer: number): number => {
+      const { experts = [], weights = [] } = layers[layer] ?? {};
+      return experts[weights.indexOf(Math.max(...weights))] ?? -1;
+    };
+    const hueOf = (expert: number): string => chips[expert]?.getAttribute("data-h") ?? "none";
+    const event = (name: string) => new (page.defaultView?.Event ?? Event)(name, { bubbles: true });
+    const hueNow = (): string | undefined => /--h:\s*(\d+)/.exec(token?.getAttribute("style") ?? "")?.[1];
+
+    expect(hueNow()).toBe(hueOf(leading(1)));
+    expect(box?.classList.contains("dimmed")).toBe(false);
+    const select = box?.querySelector("select");
+    if (select) Object.defineProperty(select, "value", { value: "0" });
+    select?.dispatchEvent(event("change"));
+    expect(hueNow()).toBe(hueOf(leading(0)));
+
+    chips[leading(0)]?.dispatchEvent(event("click"));
+    expect(box?.classList.contains("dimmed")).toBe(true);
+    expect(token?.classList.contains("lit")).toBe(true);
+    chips[leading(0)]?.dispatchEvent(event("click"));
+    expect(box?.classList.contains("dimmed")).toBe(false);
+
+    token?.dispatchEvent(event("pointerover"));
+    expect(box?.querySelector(".detail")?.textContent).toContain(`layer 1: expert ${leading(0)} (`);
+  });
+
   test("names and texts from outside cannot become markup", () => {
     const nasty = '</script><b onload="x">&';
     const [run] = results.runs;

@@ -56,14 +56,14 @@ tbody th { font-weight: 600; } tr.baseline :is(th, td) { color: var(--muted); fo
 .sample {
   font: .95rem/1.9 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere;
   background: var(--panel); border: 1px solid var(--rule); border-radius: .5rem; padding: .9rem 1rem; margin: .6rem 0 0;
+  max-height: 24rem; overflow-y: auto;
 }
 .from { display: block; color: var(--muted); font: .8rem/1.4 ui-sans-serif, system-ui, sans-serif; margin-bottom: .3rem; white-space: normal; }
 .t { background: hsl(var(--h) var(--token-chroma) var(--token)); border-radius: .2rem; cursor: default; }
 .t.none { background: none; } .t.prompt { text-decoration: underline; text-decoration-thickness: 1px; text-underline-offset: .3em; }
 .t:hover, .t.on { outline: 2px solid var(--ink); }
 .numbers .t::after { content: attr(data-n); font-size: .6em; vertical-align: super; line-height: 0; color: var(--ink); opacity: .75; }
-.dimmed .from { display: block; color: var(--muted); font: .8rem/1.4 ui-sans-serif, system-ui, sans-serif; margin-bottom: .3rem; white-space: normal; }
-.t { background: none; opacity: .45; } .dimmed .t.lit { opacity: 1; background: hsl(var(--h) var(--token-chroma) var(--token)); }
+.dimmed .t { background: none; opacity: .45; } .dimmed .t.lit { opacity: 1; background: hsl(var(--h) var(--token-chroma) var(--token)); }
 .controls { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; font-size: .88rem; margin: .7rem 0 0; }
 .controls label { display: inline-flex; gap: .4rem; align-items: center; }
 select { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--rule); border-radius: .35rem; padding: .2rem .4rem; }
