@@ -27,21 +27,11 @@ import { cpu } from "@switchyard/core/cpu";
 import { adamw, constantRate, type Task } from "@switchyard/core/train";
 import { afterAll, describe, expect, test } from "vitest";
 import type { TokenBatch } from "./batches.ts";
-import {
-  type Codec,
-  type ComparisonOptions,
-  type Contender,
-  checkpointSteps,
-  compareRouters,
-  measureSpeed,
-  modelFolder,
-  prepare,
-  promptFrom,
-  type Subject,
-  stepsThatFit,
-} from "./compare.ts";
+import { checkpointSteps, compareRouters, modelFolder } from "./compare.ts";
 import { hostRandom, splitCorpora } from "./corpus.ts";
+import { type Codec, type ComparisonOptions, type Contender, prepare, type Subject } from "./experiment.ts";
 import type { RunResult } from "./results.ts";
+import { measureSpeed } from "./speed.ts";
 
 const root = mkdtempSync(join(tmpdir(), "switchyard-compare-"));
 afterAll(() => rmSync(root, { recursive: true }));
@@ -330,54 +320,22 @@ async function trainedParams(
   return values;
 }
 
-describe("time", () => {
-  test("speed is measured on throw-away models", async () => {
-    const { host, options, prepared } = setup("speed", 5);
-    const before = host.live();
-    const speeds = await measureSpeed(options, prepared);
-    expect(speeds).toHaveLength(2);
-    for (const { step, evaluation } of speeds) {
-      expect(step).toBeGreaterThan(0);
-      expect(evaluation).toBeGreaterThan(0);
-    }
-    expect(host.live()).toBe(before);
-  });
-
-  const batches = (count: number) => Array.from({ length: count }, () => ({}) as TokenBatch);
-  const prepared = { heldOut: { all: [batches(30), batches(10)], probe: [batches(3), batches(2)] } };
-  const speeds = [
-    { step: 0.1, evaluation: 0.02 },
-    { step: 0.15, evaluation: 0.03 },
-  ];
-
-  test("the steps that fit leave room for the evaluations", () => {
-    const looks = 1.15 * (40 + 8 * 5);
-    const steps = Math.floor((0.96 * 100 - 2 * looks * 0.05) / (2 * 0.25));
-    expect(stepsThatFit(100, speeds, 2, prepared)).toBe(steps);
-  });
-
-  test("too little time is refused with what is needed", () => {
-    expect(() => stepsThatFit(5, speeds, 1, prepared)).toThrow(/5 seconds are too short for 2 runs: .* need 8;/);
-    expect(() => stepsThatFit(-3, speeds, 1, prepared)).toThrow("0 seconds are too short");
-  });
+test("speed is measured on throw-away models", async () => {
+  const { host, options, prepared } = setup("speed", 5);
+  const before = host.live();
+  const speeds = await measureSpeed(options, prepared);
+  expect(speeds).toHaveLength(2);
+  for (const { step, evaluation } of speeds) {
+    expect(step).toBeGreaterThan(0);
+    expect(evaluation).toBeGreaterThan(0);
+  }
+  expect(host.live()).toBe(before);
 });
 
 test("checkpoints are spread over the steps, the first and last included", () => {
   expect(checkpointSteps(100, 4)).toEqual([0, 25, 50, 75, 100]);
   expect(checkpointSteps(3, 8)).toEqual([0, 1, 2, 3]);
   expect(checkpointSteps(1, 1)).toEqual([0, 1]);
-});
-
-test("prompts are the first words of a line that has enough of them", () => {
-  const of = (text: string): string => promptFrom(Buffer.from(text));
-  expect(of("ing of the sea\nCall me Ishmael. Some years ago—never mind how long")).toBe(
-    "Call me Ishmael. Some years ago—never",
-  );
-  expect(of("end */\n */\n\n/**\n\nreadonly length: number;\n")).toBe("readonly length: number;");
-  expect(of("half a line\ninterface\nSea<T> {")).toBe("interface\nSea<T> {");
-  expect(of("one line without a break in it")).toBe("one line without a break in it");
-  expect(of(`short\n${"nospace".repeat(20)}`)).toHaveLength(80);
-  expect(of("")).toBe("");
 });
 
 test("folders of models are names that every file system takes", () => {

@@ -1,126 +1,21 @@
 // The comparison: every router trains the same model on the same batches, and what its routing did is recorded on the way.
 // Nothing here knows a model, a router or a backend: they come in as values. Runs in Node (files, memory for all records).
 import { join } from "node:path";
-import { type Engine, type Tree, UnsupportedError } from "@switchyard/core";
-import {
-  type Optimiser,
-  type Schedule,
-  type Task,
-  type Trainer,
-  type TrainerSnapshot,
-  trainer,
-} from "@switchyard/core/train";
+import type { Trainer, TrainerSnapshot } from "@switchyard/core/train";
 import * as v from "valibot";
+import { countedBytes, countedTokens, type TokenBatch, trainingBatches } from "./batches.ts";
 import {
-  countedBytes,
-  countedTokens,
-  heldOutWindows,
-  inBatches,
-  spreadOut,
-  type TokenBatch,
-  tokenStream,
-  trainingBatches,
-} from "./batches.ts";
-import { byteLength, type Domain } from "./corpus.ts";
-import { knownWords, words } from "./metrics.ts";
+  type Comparison,
+  type ComparisonOptions,
+  type Contender,
+  type HeldOut,
+  type Prepared,
+  startTrainer,
+} from "./experiment.ts";
 import { joined, type LayerChoices, layerRouting, type Moment, onlyTokens, watch } from "./probe.ts";
-import {
-  type CheckpointRecord,
-  checkpointSchema,
-  type DomainRecord,
-  type RunResult,
-  type Sample,
-  type SampleToken,
-} from "./results.ts";
+import { type CheckpointRecord, checked, checkpointSchema, type RunResult } from "./results.ts";
+import { writeSamples } from "./samples.ts";
 import { readSnapshot, removeFile, writeSnapshot } from "./store.ts";
-
-/** A fresh model with one router, made for one run. */
-export interface Subject {
-  readonly task: Task<TokenBatch>;
-  /** `active`: those that work on one token. */
-  readonly parameters: { readonly total: number; readonly active: number };
-  /** `count` ids that follow the prompt, drawn with the seed. */
-  generate(
-    params: Tree,
-    buffers: readonly Tree[],
-    prompt: Int32Array,
-    count: number,
-    seed: number,
-  ): Promise<Int32Array>;
-  /** Saves the trained model into a folder, whole or not at all. */
-  save(params: Tree, buffers: readonly Tree[], folder: string): Promise<void>;
-}
-
-/** What takes part: a router with its model's sizes. */
-export interface Contender {
-  /** Label, unique in the comparison: "topK", "topK:k=1". */
-  readonly name: string;
-  readonly experts: number;
-  readonly expertWidth: number;
-  subject(seed: number, batch: (index: number) => TokenBatch): Subject;
-}
-
-/** Text to ids and back, for all models alike. */
-export interface Codec {
-  readonly vocabulary: number;
-  /** Id that stands before a text. */
-  readonly separator: number;
-  encode(text: string): Int32Array;
-  bytes(ids: ArrayLike<number>): Uint8Array;
-}
-
-/** How every contender is trained. */
-export interface TrainingSettings {
-  readonly rows: number;
-  /** Tokens in a row. */
-  readonly length: number;
-  readonly clip: number;
-  readonly optimiser: () => Optimiser;
-  readonly schedule: (totalSteps: number) => Schedule;
-}
-
-export interface ComparisonOptions {
-  readonly engine: Engine;
-  readonly contenders: readonly Contender[];
-  readonly seeds: readonly number[];
-  readonly domains: readonly Domain[];
-  readonly codec: Codec;
-  readonly training: TrainingSettings;
-  /** Steps of every run. */
-  readonly steps: number;
-  /** Records of loss and routing per run, beside the one before training; default 8. */
-  readonly checkpoints?: number;
-  /** Tokens to write for every sample; default 100. 0: no samples. */
-  readonly sampleTokens?: number;
-  /** Where models and snapshots go. */
-  readonly folder: string;
-  /** Aborting it ends the comparison after the current step, with a snapshot. */
-  readonly signal?: AbortSignal;
-  /** Runs that are done, from an earlier session. */
-  readonly done?: readonly RunResult[];
-  readonly onStep?: (progress: Progress) => void;
-  readonly onRun?: (run: RunResult) => void;
-}
-
-export interface Progress {
-  readonly router: string;
-  readonly seed: number;
-  /** Which run of how many, from 0. */
-  readonly run: number;
-  readonly runs: number;
-  /** Steps done of this run. */
-  readonly step: number;
-  readonly steps: number;
-  readonly loss: number;
-  readonly tokensPerSecond: number;
-  /** Seconds this run still needs. */
-  readonly secondsLeft: number;
-}
-
-export interface Comparison {
-  readonly status: "complete" | "interrupted";
-  readonly runs: readonly RunResult[];
-}
 
 const snapshotName = "interrupted.snapshot";
 const saveEvery = 60; // seconds between snapshots that nobody asked for
@@ -139,126 +34,6 @@ const stateSchema: v.GenericSchema<RunState> = v.object({
   seconds: v.number(),
   checkpoints: v.array(checkpointSchema),
 });
-
-/** Held-out text as every run sees it. */
-interface HeldOut {
-  /** Per domain: all windows. */
-  readonly all: readonly (readonly TokenBatch[])[];
-  /** Per domain: windows spread over them, for the checkpoints on the way. */
-  readonly probe: readonly (readonly TokenBatch[])[];
-}
-
-export interface Prepared {
-  readonly streams: readonly Int32Array[];
-  readonly heldOut: HeldOut;
-  readonly tokenBytes: Uint16Array;
-}
-
-const decode = (bytes: Uint8Array): string => new TextDecoder().decode(bytes);
-
-/** Encodes all text. `probeTokens`: about how many tokens of each domain the checkpoints look at; default 2048. */
-export function prepare(
-  domains: readonly Domain[],
-  codec: Codec,
-  { rows, length }: TrainingSettings,
-  probeTokens = 2048,
-): Prepared {
-  const encode = (blocks: readonly Uint8Array[]): Int32Array[] => blocks.map((block) => codec.encode(decode(block)));
-  const windows = domains.map(({ validation }) => heldOutWindows(encode(validation), codec.separator, length));
-  const probeWindows = Math.max(1, Math.round(probeTokens / Math.ceil(0.75 * length)));
-  return {
-    streams: domains.map(({ training }) => tokenStream(encode(training), codec.separator)),
-    heldOut: {
-      all: windows.map((list) => inBatches(list, rows)),
-      probe: windows.map((list) => inBatches(spreadOut(list, probeWindows), rows)),
-    },
-    tokenBytes: Uint16Array.from({ length: codec.vocabulary }, (_, id) =>
-      id === codec.separator ? 0 : codec.bytes([id]).length,
-    ),
-  };
-}
-
-/** Seconds that a step of each contender takes, and that one batch of held-out text takes. */
-export interface Speed {
-  readonly step: number;
-  readonly evaluation: number;
-}
-
-const median = (values: readonly number[]): number => [...values].sort((a, b) => a - b)[values.length >> 1] ?? 0;
-
-async function timed(body: () => Promise<unknown>): Promise<number> {
-  const start = performance.now();
-  await body();
-  return (performance.now() - start) / 1000;
-}
-
-/** Trains throw-away models for a few steps each, on the first batches, and measures. Runs that follow start anew. */
-export async function measureSpeed(
-  options: Pick<ComparisonOptions, "engine" | "contenders" | "training" | "signal">,
-  prepared: Prepared,
-): Promise<readonly Speed[]> {
-  const { engine, contenders, training, signal } = options;
-  const speeds: Speed[] = [];
-  for (const contender of contenders) {
-    const subject = contender.subject(0, trainingBatches(prepared.streams, { ...training, seed: 0 }));
-    const run = startTrainer(engine, subject, training, 0, 1000);
-    try {
-      for (let warm = 0; warm < 2 && !signal?.aborted; warm++) await run.step();
-      const steps: number[] = [];
-      for (let i = 0; i < 5 && !signal?.aborted; i++) steps.push(await timed(() => run.step()));
-      const batch = prepared.heldOut.all[0]?.[0];
-      const evaluations: number[] = [];
-      for (let i = 0; i < 3 && batch !== undefined && !signal?.aborted; i++) {
-        evaluations.push(await timed(() => run.evaluate([batch])));
-      }
-      speeds.push({ step: median(steps), evaluation: median(evaluations) });
-    } finally {
-      run.dispose();
-    }
-  }
-  return speeds;
-}
-
-/**
- * Steps per run that fill `seconds` for all runs together, evaluations and samples included.
- * @throws UnsupportedError when not even ten steps fit.
- */
-export function stepsThatFit(
-  seconds: number,
-  speeds: readonly Speed[],
-  seeds: number,
-  { heldOut }: Pick<Prepared, "heldOut">,
-  checkpoints = 8,
-): number {
-  const batches = (list: HeldOut["all"]): number => list.reduce((sum, domain) => sum + domain.length, 0);
-  const looks = batches(heldOut.all) + checkpoints * batches(heldOut.probe);
-  const fixed = speeds.reduce((sum, { evaluation }) => sum + 1.15 * looks * evaluation, 0) * seeds;
-  const perStep = speeds.reduce((sum, { step }) => sum + step, 0) * seeds;
-  const steps = Math.floor((0.96 * seconds - fixed) / perStep);
-  if (!(steps >= 10)) {
-    throw new UnsupportedError(
-      `${Math.max(0, Math.round(seconds))} seconds are too short for ${speeds.length * seeds} runs: ten steps and the evaluations need ` +
-        `${Math.ceil((fixed + 10 * perStep) / 0.96)}; give more time, fewer routers or seeds, or a smaller size`,
-    );
-  }
-  return steps;
-}
-
-function startTrainer(
-  engine: Engine,
-  subject: Subject,
-  { optimiser, schedule, clip }: TrainingSettings,
-  seed: number,
-  totalSteps: number,
-): Trainer<TokenBatch> {
-  return trainer(engine, subject.task, {
-    optimiser: optimiser(),
-    schedule: schedule(totalSteps),
-    clip,
-    seed,
-    totalSteps,
-  });
-}
 
 /** The steps after which loss and routing are recorded: 0, the last one, and evenly between. */
 export function checkpointSteps(steps: number, checkpoints: number): readonly number[] {
@@ -453,17 +228,19 @@ const choicesName = "comparison.choices.";
 
 /** The choices of the last checkpoint travel with the snapshot: fluctuation compares with them. */
 function withChoices(snapshot: TrainerSnapshot, choices: readonly LayerChoices[]): TrainerSnapshot {
-  const extra = choices.map(({ ids, k, experts }, layer) => [
-    `${choicesName}${layer}`,
-    { data: Int32Array.of(experts, k, ...ids), shape: [ids.length + 2], dtype: "i32" as const },
-  ]);
+  const extra = choices.map(({ ids, k, experts }, layer) => {
+    const data = new Int32Array(ids.length + 2);
+    data.set([experts, k]);
+    data.set(ids, 2);
+    return [`${choicesName}${layer}`, { data, shape: [data.length], dtype: "i32" as const }];
+  });
   return { json: snapshot.json, arrays: { ...snapshot.arrays, ...Object.fromEntries(extra) } };
 }
 
 function resumable(file: string, router: string, seed: number) {
   const found = readSnapshot(file);
   if (found === undefined) return undefined;
-  const state = v.parse(stateSchema, found.more);
+  const state = checked(stateSchema, found.more, file);
   if (state.router !== router || state.seed !== seed) return undefined;
   const entries = Object.entries(found.snapshot.arrays);
   const choices = entries
@@ -475,77 +252,4 @@ function resumable(file: string, router: string, seed: number) {
     });
   const arrays = Object.fromEntries(entries.filter(([name]) => !name.startsWith(choicesName)));
   return { state, trainer: { json: found.snapshot.json, arrays }, choices: choices.length === 0 ? undefined : choices };
-}
-
-const characters = (text: string, most: number): string => [...text].slice(0, most).join("");
-
-/** Six words or less of a held-out block, from the first line that begins with fifteen characters of text: no model has seen them. */
-export function promptFrom(block: Uint8Array): string {
-  const lines = decode(block).split("\n").slice(1);
-  for (const [i] of lines.entries()) {
-    const [words] = /^\S+(?:\s\S+){0,5}/.exec(lines.slice(i, i + 3).join("\n")) ?? [""];
-    if (words.length >= 15) return characters(words, 80);
-  }
-  return characters(decode(block).trimStart(), 40).trimEnd();
-}
-
-/** Texts of tokens; a character split over tokens goes to the last of them. */
-function tokenTexts(ids: Int32Array, codec: Codec): readonly string[] {
-  const decoder = new TextDecoder();
-  const texts = [...ids].map((id) =>
-    id === codec.separator ? "" : decoder.decode(codec.bytes([id]), { stream: true }),
-  );
-  const rest = decoder.decode();
-  return texts.map((text, i) => (i === texts.length - 1 ? text + rest : text));
-}
-
-async function writeSamples(
-  { domains, codec, sampleTokens = 100 }: ComparisonOptions,
-  subject: Subject,
-  moment: Moment,
-  seed: number,
-): Promise<readonly Sample[]> {
-  if (sampleTokens === 0) return [];
-  const vocabulary = new Set(domains.flatMap(({ training }) => training.flatMap((block) => words(decode(block)))));
-  const samples: Sample[] = [];
-  for (const [index, { validation }] of domains.entries()) {
-    const prompt = promptFrom(validation[0] ?? new Uint8Array(0));
-    const start = Int32Array.of(codec.separator, ...codec.encode(prompt));
-    const { params, buffers } = moment;
-    const written = await subject.generate(params, buffers, start, sampleTokens, seed * 1000 + index);
-    const ids = Int32Array.of(...start, ...written);
-    const { layers } = await watch(moment, {
-      shape: [1, ids.length],
-      ids,
-      labels: new Int32Array(ids.length).fill(-1),
-    });
-    const tokens = tokenTexts(ids, codec).map(
-      (text, token): SampleToken => ({
-        text,
-        layers: layers.map(({ k, experts, ids: chosen, weights }) => {
-          const slots = Array.from({ length: k }, (_, j) => token * k + j).filter((at) => {
-            const id = chosen[at] ?? -1;
-            return id >= 0 && id < experts;
-          });
-          return {
-            experts: slots.map((at) => chosen[at] ?? 0),
-            weights: slots.map((at) => rounded(weights[at] ?? 0, 4)),
-          };
-        }),
-      }),
-    );
-    const text = decode(codec.bytes(written.filter((id) => id !== codec.separator)));
-    samples.push({ prompt, text, knownWords: rounded(knownWords(text, vocabulary), 4), tokens: tokens.slice(1) });
-  }
-  return samples;
-}
-
-/** Sizes of the domains as they were used. */
-export function domainRecords(domains: readonly Domain[]): readonly DomainRecord[] {
-  return domains.map(({ name, files, training, validation }) => ({
-    name,
-    files,
-    trainingBytes: byteLength(training),
-    validationBytes: byteLength(validation),
-  }));
 }

@@ -9,24 +9,7 @@ export {
   tokenStream,
   trainingBatches,
 } from "./batches.ts";
-export {
-  type Codec,
-  type Comparison,
-  type ComparisonOptions,
-  type Contender,
-  checkpointSteps,
-  compareRouters,
-  domainRecords,
-  measureSpeed,
-  modelFolder,
-  type Prepared,
-  type Progress,
-  prepare,
-  type Speed,
-  type Subject,
-  stepsThatFit,
-  type TrainingSettings,
-} from "./compare.ts";
+export { checkpointSteps, compareRouters, modelFolder } from "./compare.ts";
 export {
   byteLength,
   type Corpus,
@@ -37,6 +20,18 @@ export {
   type SplitOptions,
   splitCorpora,
 } from "./corpus.ts";
+export {
+  type Codec,
+  type Comparison,
+  type ComparisonOptions,
+  type Contender,
+  domainRecords,
+  type Prepared,
+  type Progress,
+  prepare,
+  type Subject,
+  type TrainingSettings,
+} from "./experiment.ts";
 export {
   type Choices,
   chosenProbabilities,
@@ -70,5 +65,6 @@ export {
   type SampleToken,
   type SummaryRow,
 } from "./results.ts";
+export { measureSpeed, type Speed, stepsThatFit } from "./speed.ts";
 export { readText, writableFolder, writeWhole } from "./store.ts";
 export { type Column, columns, overSeedsText, shortCount, summarise, tableText } from "./summary.ts";

@@ -198,6 +198,14 @@ export const resultsSchema: v.GenericSchema<Results> = v.object({
   ),
 });
 
+/** The value, if it fits. @throws CheckpointError that names the file and the first place that does not. */
+export function checked<T>(schema: v.GenericSchema<T>, value: unknown, file: string): T {
+  const found = v.safeParse(schema, value);
+  if (found.success) return found.output;
+  const [issue] = found.issues;
+  throw new CheckpointError(`${file}: ${v.getDotPath(issue) ?? "the whole"}: ${issue.message}`);
+}
+
 /** Reads JSON and checks it. @throws CheckpointError that names the file and the first place that does not fit. */
 export function parseJson<T>(schema: v.GenericSchema<T>, text: string, file: string): T {
   let value: unknown;
@@ -207,10 +215,7 @@ export function parseJson<T>(schema: v.GenericSchema<T>, text: string, file: str
     if (!(error instanceof SyntaxError)) throw error;
     throw new CheckpointError(`${file}: not valid JSON (${error.message})`, { cause: error });
   }
-  const checked = v.safeParse(schema, value);
-  if (checked.success) return checked.output;
-  const [issue] = checked.issues;
-  throw new CheckpointError(`${file}: ${v.getDotPath(issue) ?? "the whole"}: ${issue.message}`);
+  return checked(schema, value, file);
 }
 
 /** Reads `results.json`. @throws CheckpointError for text that is no JSON or does not fit the schema. */

@@ -7,7 +7,7 @@ export interface Streams {
   out(text: string): void;
   error(text: string): void;
   /** A terminal that can redraw a line. */
-  readonly terminal?: NodeJS.WriteStream;
+  readonly terminal?: NodeJS.WritableStream;
 }
 
 export const processStreams = (): Streams => ({
