@@ -1,11 +1,17 @@
 import { describe, expect, it } from "vitest";
 import { cpu } from "./cpu/index.ts";
 import { engine, random } from "./index.ts";
+import { philox } from "./random.ts";
 
 const source = (seed: number) => random(engine(cpu()), seed);
 const mean = (x: Float64Array): number => x.reduce((n, v) => n + v, 0) / x.length;
 
 describe("random", () => {
+  it("is Philox 4x32-10: the known answer of its authors' Random123 for counter 0 and key 0", () => {
+    const words = new Uint32Array(4);
+    philox(words, 0, 0, 0);
+    expect([...words]).toEqual([0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8]);
+  });
   it("is a function of its keys alone", () => {
     const draw = (...key: (string | number)[]) => [
       ...source(7)

@@ -88,24 +88,41 @@ function draw(kind: "uniform" | "normal" | "exponential", count: number, k0: num
 
 const unit = (word: number): number => (word >>> 8) * 2 ** -24;
 
-function philox(out: Uint32Array, index: number, key0: number, key1: number): void {
-  let [c0, c1, c2, c3] = [index >>> 0, Math.floor(index / 2 ** 32), 0, 0];
-  let [k0, k1] = [key0, key1];
+/** Four words of the stream with this key, at this index. Scalars throughout: this runs for every number drawn. */
+export function philox(out: Uint32Array, index: number, key0: number, key1: number): void {
+  let c0 = index >>> 0;
+  let c1 = Math.floor(index / 2 ** 32);
+  let c2 = 0;
+  let c3 = 0;
+  let k0 = key0;
+  let k1 = key1;
   for (let round = 0; round < 10; round++) {
-    const [low0, high0] = [Math.imul(c0, 0xd2511f53) >>> 0, mulHigh(c0, 0xd2511f53)];
-    const [low1, high1] = [Math.imul(c2, 0xcd9e8d57) >>> 0, mulHigh(c2, 0xcd9e8d57)];
-    [c0, c1, c2, c3] = [(high1 ^ c1 ^ k0) >>> 0, low1, (high0 ^ c3 ^ k1) >>> 0, low0];
-    k0 = (k0 + 0x9e3779b9) >>> 0;
-    k1 = (k1 + 0xbb67ae85) >>> 0;
+    const high0 = mulHigh(c0, 0xd2511f53);
+    const high1 = mulHigh(c2, 0xcd9e8d57);
+    const low0 = Math.imul(c0, 0xd2511f53);
+    const low1 = Math.imul(c2, 0xcd9e8d57);
+    c0 = high1 ^ c1 ^ k0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ k1;
+    c3 = low0;
+    k0 = (k0 + 0x9e3779b9) | 0;
+    k1 = (k1 + 0xbb67ae85) | 0;
   }
-  out.set([c0, c1, c2, c3]);
+  out[0] = c0;
+  out[1] = c1;
+  out[2] = c2;
+  out[3] = c3;
 }
 
-/** The upper 32 bits of the 64-bit product of two unsigned 32-bit integers. */
+/** The upper 32 bits of the 64-bit product of two unsigned 32-bit integers, from four products of 16 bits that fit an integer. */
 function mulHigh(a: number, b: number): number {
-  const [a0, a1, b0, b1] = [a & 0xffff, a >>> 16, b & 0xffff, b >>> 16];
-  const low = a0 * b0;
-  const middle = a1 * b0 + (low >>> 16);
-  const cross = a0 * b1 + (middle & 0xffff);
-  return (a1 * b1 + Math.floor(middle / 65536) + (cross >>> 16)) >>> 0;
+  const a0 = a & 0xffff;
+  const a1 = a >>> 16;
+  const b0 = b & 0xffff;
+  const b1 = b >>> 16;
+  const low = Math.imul(a0, b0) >>> 16;
+  const middle = Math.imul(a1, b0);
+  const cross = Math.imul(a0, b1);
+  const carry = low + (middle & 0xffff) + (cross & 0xffff);
+  return (Math.imul(a1, b1) + (middle >>> 16) + (cross >>> 16) + (carry >>> 16)) | 0;
 }
