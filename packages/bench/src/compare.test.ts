@@ -325,7 +325,8 @@ test("speed is measured on throw-away models", async () => {
   const before = host.live();
   const speeds = await measureSpeed(options, prepared);
   expect(speeds).toHaveLength(2);
-  for (const { step, evaluation } of speeds) {
+  for (const { step, evaluation, token } of speeds) {
+    expect(token).toBeGreaterThan(0);
     expect(step).toBeGreaterThan(0);
     expect(evaluation).toBeGreaterThan(0);
   }

@@ -148,7 +148,7 @@ export interface SplitOptions {
   readonly limit?: number;
   /** Bytes in a block; default 20 kB, less for a corpus of under ten blocks. */
   readonly block?: number;
-  /** Share of the blocks held out; default 0.05, at least one block. */
+  /** Share of the blocks held out; default 0.04, at least one block. */
   readonly held?: number;
 }
 
@@ -181,7 +181,7 @@ function chosenText(
  * @throws UnsupportedError for a corpus of less than 2 kB, too little to train and measure on.
  */
 export function splitCorpora(corpora: readonly Corpus[], options: SplitOptions): readonly Domain[] {
-  const { seed, limit = 1_500_000, block = 20_000, held = 0.05 } = options;
+  const { seed, limit = 1_500_000, block = 20_000, held = 0.04 } = options;
   return distinctNames(corpora).map(({ name, texts }) => {
     const random = hostRandom(seed);
     const { text, files } = chosenText(texts, limit, random);

@@ -65,6 +65,6 @@ export {
   type SampleToken,
   type SummaryRow,
 } from "./results.ts";
-export { measureSpeed, type Speed, stepsThatFit } from "./speed.ts";
+export { type Extras, extrasOf, measureSpeed, type Speed, stepsThatFit } from "./speed.ts";
 export { readText, writableFolder, writeWhole } from "./store.ts";
 export { type Column, columns, overSeedsText, shortCount, summarise, tableText } from "./summary.ts";

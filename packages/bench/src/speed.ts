@@ -3,10 +3,11 @@ import { UnsupportedError } from "@switchyard/core";
 import { trainingBatches } from "./batches.ts";
 import { type ComparisonOptions, type HeldOut, type Prepared, startTrainer } from "./experiment.ts";
 
-/** Seconds that a step of each contender takes, and that one batch of held-out text takes. */
+/** Seconds that a training step takes, a batch of held-out text, and a token of a sample. */
 export interface Speed {
   readonly step: number;
   readonly evaluation: number;
+  readonly token: number;
 }
 
 const median = (values: readonly number[]): number => [...values].sort((a, b) => a - b)[values.length >> 1] ?? 0;
@@ -36,12 +37,37 @@ export async function measureSpeed(
       for (let i = 0; i < 3 && batch !== undefined && !signal?.aborted; i++) {
         evaluations.push(await timed(() => run.evaluate([batch])));
       }
-      speeds.push({ step: median(steps), evaluation: median(evaluations) });
+      const tokens: number[] = [];
+      const prompt = prepared.streams[0]?.slice(0, 8) ?? new Int32Array(1);
+      for (let i = 0; i < 2 && !signal?.aborted; i++) {
+        tokens.push((await timed(() => subject.generate(run.params, run.buffers, prompt, 8, 0))) / 8);
+      }
+      speeds.push({ step: median(steps), evaluation: median(evaluations), token: Math.min(...tokens) });
     } finally {
       run.dispose();
     }
   }
   return speeds;
+}
+
+/** What a run does beside its training steps. */
+export interface Extras {
+  /** Batches of held-out text, over all evaluations. */
+  readonly batches: number;
+  /** Tokens of samples. */
+  readonly tokens: number;
+}
+
+/** The extras of every run of a comparison with these settings. */
+export function extrasOf(
+  { heldOut }: Pick<Prepared, "heldOut">,
+  { checkpoints = 8, sampleTokens = 100 }: Pick<ComparisonOptions, "checkpoints" | "sampleTokens">,
+): Extras {
+  const count = (list: HeldOut["all"]): number => list.reduce((sum, domain) => sum + domain.length, 0);
+  return {
+    batches: count(heldOut.all) + (checkpoints + 1) * count(heldOut.probe),
+    tokens: sampleTokens * heldOut.all.length,
+  };
 }
 
 /**
@@ -51,19 +77,16 @@ export async function measureSpeed(
 export function stepsThatFit(
   seconds: number,
   speeds: readonly Speed[],
-  seeds: number,
-  { heldOut }: Pick<Prepared, "heldOut">,
-  checkpoints = 8,
+  { seeds, extras }: { readonly seeds: number; readonly extras: Extras },
 ): number {
-  const batches = (list: HeldOut["all"]): number => list.reduce((sum, domain) => sum + domain.length, 0);
-  const looks = batches(heldOut.all) + checkpoints * batches(heldOut.probe);
-  const fixed = speeds.reduce((sum, { evaluation }) => sum + 1.15 * looks * evaluation, 0) * seeds;
-  const perStep = speeds.reduce((sum, { step }) => sum + step, 0) * seeds;
-  const steps = Math.floor((0.96 * seconds - fixed) / perStep);
+  const sum = (of: (speed: Speed) => number): number => speeds.reduce((total, speed) => total + of(speed), 0) * seeds;
+  const fixed = sum(({ evaluation, token }) => 1.1 * (extras.batches * evaluation + extras.tokens * token));
+  const perStep = sum(({ step }) => step);
+  const steps = Math.floor((0.97 * seconds - fixed) / perStep);
   if (!(steps >= 10)) {
     throw new UnsupportedError(
       `${Math.max(0, Math.round(seconds))} seconds are too short for ${speeds.length * seeds} runs: ten steps and the evaluations need ` +
-        `${Math.ceil((fixed + 10 * perStep) / 0.96)}; give more time, fewer routers or seeds, or a smaller size`,
+        `${Math.ceil((fixed + 10 * perStep) / 0.97)}; give more time, fewer routers or seeds, or a smaller size`,
     );
   }
   return steps;

@@ -285,7 +285,11 @@ describe("refusals are one line on standard error, with exit code 1, and leave n
       "the cpu backend runs on one thread",
     );
     await refused([...text, ...basic, "--layers", "3"], "unknown option --layers; the options are --time, ");
-    await refused([...text, ...tiny, "--time", "1s", "--name", "refused"], "seconds are too short for 3 runs");
+    // So many seeds that no machine is fast enough.
+    await refused(
+      [...text, ...tiny, "--time", "1s", "--seeds", "100", "--name", "refused"],
+      "seconds are too short for 300 runs",
+    );
   });
 
   test("folders", async () => {

@@ -14,6 +14,7 @@ import {
   compareRouters,
   type Domain,
   domainRecords,
+  extrasOf,
   measureSpeed,
   parseJson,
   parseResults,
@@ -289,6 +290,7 @@ async function inFolder(args: TrainArgs, context: TrainContext, job: Job): Promi
   );
   const words = tokenizer(files);
   const training = trainingOf(size);
+  const sampleTokens = Math.min(100, size.length);
   const prepared = prepare(domains, codecOf(words), training);
   if (signal.aborted) return { status: "stopped", folder };
 
@@ -301,7 +303,10 @@ async function inFolder(args: TrainArgs, context: TrainContext, job: Job): Promi
       display.note("Measuring the speed of each router ...");
       const speeds = await measureSpeed({ engine: host, contenders, training, signal }, prepared);
       if (signal.aborted) return { status: "stopped", folder };
-      steps = stepsThatFit(args.time - elapsed(), speeds, seeds.length, prepared);
+      steps = stepsThatFit(args.time - elapsed(), speeds, {
+        seeds: seeds.length,
+        extras: extrasOf(prepared, { sampleTokens }),
+      });
     }
     display.note(`${routers.length * seeds.length} runs of ${steps} steps, ${size.rows} x ${size.length} tokens each`);
     const runFile = (): RunFile => ({
@@ -345,7 +350,7 @@ async function inFolder(args: TrainArgs, context: TrainContext, job: Job): Promi
         codec: codecOf(words),
         training,
         steps,
-        sampleTokens: Math.min(100, size.length),
+        sampleTokens,
         folder,
         signal,
         done,
