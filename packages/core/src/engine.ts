@@ -17,7 +17,7 @@ export interface Engine {
   run<A>(op: Op<A>, inputs: readonly Tensor[], attrs: A): readonly Tensor[];
   /** Copies host data to the device; the dtype follows from the array type (Float32/Float64Array f32, Int32Array i32, Uint8Array u8). */
   tensor(data: TypedArray, shape: readonly number[], dtype?: DType): Tensor;
-  /** Frees everything made inside but what is returned. Async bodies are rejected by the type. */
+  /** Frees everything made inside but the tensors found in what is returned: plain records, lists and maps. Async bodies are rejected by the type. */
   scope<R>(body: () => R extends Promise<unknown> ? never : R): R;
   /** The caller will not use x again: its storage may be overwritten; later use throws. */
   give(x: Tensor): Tensor;
