@@ -1,6 +1,8 @@
 // The comparison: every router trains the same model on the same batches, and what its routing did is recorded on the way.
 // Nothing here knows a model, a router or a backend: they come in as values. Runs in Node (files, memory for all records).
+import { existsSync } from "node:fs";
 import { join } from "node:path";
+import type { Json } from "@switchyard/core";
 import type { Trainer, TrainerSnapshot } from "@switchyard/core/train";
 import * as v from "valibot";
 import { countedBytes, countedTokens, type TokenBatch, trainingBatches } from "./batches.ts";
@@ -10,12 +12,13 @@ import {
   type Contender,
   type HeldOut,
   type Prepared,
+  type SnapshotFiles,
   startTrainer,
 } from "./experiment.ts";
 import { joined, type LayerChoices, layerRouting, type Moment, onlyTokens, watch } from "./probe.ts";
 import { type CheckpointRecord, checked, checkpointSchema, type RunResult } from "./results.ts";
 import { writeSamples } from "./samples.ts";
-import { readSnapshot, removeFile, writeSnapshot } from "./store.ts";
+import { removeFile } from "./store.ts";
 
 const snapshotName = "interrupted.snapshot";
 const saveEvery = 60; // seconds between snapshots that nobody asked for
@@ -78,7 +81,7 @@ async function oneRun(
     let before: readonly LayerChoices[] | undefined;
     const records: CheckpointRecord[] = [];
     let seconds = 0;
-    const resumed = resumable(file, contender.name, seed);
+    const resumed = await resumable(options.snapshots, file, { router: contender.name, seed });
     if (resumed !== undefined) {
       run.restore(resumed.trainer);
       before = resumed.choices;
@@ -97,7 +100,7 @@ async function oneRun(
     let saved = performance.now();
     const save = async (): Promise<void> => {
       const state: RunState = { router: contender.name, seed, seconds, checkpoints: records };
-      writeSnapshot(file, withChoices(await run.snapshot(), before ?? []), state);
+      await options.snapshots.write(file, withRun(await run.snapshot(), before ?? [], state));
       saved = performance.now();
     };
     let stepSeconds = 0;
@@ -226,30 +229,33 @@ async function lookAt(
 
 const choicesName = "comparison.choices.";
 
-/** The choices of the last checkpoint travel with the snapshot: fluctuation compares with them. */
-function withChoices(snapshot: TrainerSnapshot, choices: readonly LayerChoices[]): TrainerSnapshot {
+/** The state of the run travels with the trainer's, and so do the choices of the last checkpoint: fluctuation compares with them. */
+function withRun(snapshot: TrainerSnapshot, choices: readonly LayerChoices[], state: RunState): TrainerSnapshot {
   const extra = choices.map(({ ids, k, experts }, layer) => {
     const data = new Int32Array(ids.length + 2);
     data.set([experts, k]);
     data.set(ids, 2);
     return [`${choicesName}${layer}`, { data, shape: [data.length], dtype: "i32" as const }];
   });
-  return { json: snapshot.json, arrays: { ...snapshot.arrays, ...Object.fromEntries(extra) } };
+  const run: Json = JSON.parse(JSON.stringify(state));
+  return { json: { trainer: snapshot.json, run }, arrays: { ...snapshot.arrays, ...Object.fromEntries(extra) } };
 }
 
-function resumable(file: string, router: string, seed: number) {
-  const found = readSnapshot(file);
-  if (found === undefined) return undefined;
-  const state = checked(stateSchema, found.more, file);
-  if (state.router !== router || state.seed !== seed) return undefined;
-  const entries = Object.entries(found.snapshot.arrays);
+async function resumable(snapshots: SnapshotFiles, file: string, wanted: Pick<RunState, "router" | "seed">) {
+  if (!existsSync(file)) return undefined;
+  const found = await snapshots.read(file);
+  const { run: state } = checked(v.object({ run: stateSchema }), found.json, file);
+  if (state.router !== wanted.router || state.seed !== wanted.seed) return undefined;
+  const entries = Object.entries(found.arrays);
   const choices = entries
     .filter(([name]) => name.startsWith(choicesName))
+    .sort(([a], [b]) => Number(a.slice(choicesName.length)) - Number(b.slice(choicesName.length)))
     .map(([, { data }]): LayerChoices => {
       const [experts = 0, k = 0] = data;
       const ids = Int32Array.from(data.subarray(2));
       return { experts, k, ids, weights: new Float32Array(ids.length), probabilities: new Float32Array(0) };
     });
   const arrays = Object.fromEntries(entries.filter(([name]) => !name.startsWith(choicesName)));
-  return { state, trainer: { json: found.snapshot.json, arrays }, choices: choices.length === 0 ? undefined : choices };
+  const json = (found.json as { readonly trainer: Json }).trainer;
+  return { state, trainer: { json, arrays }, choices: choices.length === 0 ? undefined : choices };
 }

@@ -1,6 +1,13 @@
 // What the comparison is told: models, text and settings as values, and the text prepared for every run alike.
 import type { Engine, Tree } from "@switchyard/core";
-import { type Optimiser, type Schedule, type Task, type Trainer, trainer } from "@switchyard/core/train";
+import {
+  type Optimiser,
+  type Schedule,
+  type Task,
+  type Trainer,
+  type TrainerSnapshot,
+  trainer,
+} from "@switchyard/core/train";
 import { heldOutWindows, inBatches, spreadOut, type TokenBatch, tokenStream } from "./batches.ts";
 import { byteLength, type Domain } from "./corpus.ts";
 import type { DomainRecord, RunResult } from "./results.ts";
@@ -50,6 +57,14 @@ export interface TrainingSettings {
   readonly schedule: (totalSteps: number) => Schedule;
 }
 
+/** How a trainer's state goes to a file and back, for example `writeSnapshot` and `readSnapshot` of @switchyard/models. */
+export interface SnapshotFiles {
+  /** Replaces the file whole or not at all. */
+  write(path: string, snapshot: TrainerSnapshot): Promise<void>;
+  /** Rejects with a CheckpointError for a damaged file. */
+  read(path: string): Promise<TrainerSnapshot>;
+}
+
 export interface ComparisonOptions {
   readonly engine: Engine;
   readonly contenders: readonly Contender[];
@@ -65,9 +80,10 @@ export interface ComparisonOptions {
   readonly sampleTokens?: number;
   /** Where models and snapshots go. */
   readonly folder: string;
+  readonly snapshots: SnapshotFiles;
   /** Aborting it ends the comparison after the current step, with a snapshot. */
   readonly signal?: AbortSignal;
-  /** Runs that are done, from an earlier session. */
+  /** Runs that were done before an interruption. */
   readonly done?: readonly RunResult[];
   readonly onStep?: (progress: Progress) => void;
   readonly onRun?: (run: RunResult) => void;

@@ -29,6 +29,7 @@ export {
   type Prepared,
   type Progress,
   prepare,
+  type SnapshotFiles,
   type Subject,
   type TrainingSettings,
 } from "./experiment.ts";

@@ -3,9 +3,8 @@ import { chmodSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, w
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { CheckpointError } from "@switchyard/core";
-import type { TrainerSnapshot } from "@switchyard/core/train";
 import { afterAll, describe, expect, test, vi } from "vitest";
-import { readSnapshot, readText, writableFolder, writeSnapshot, writeWhole } from "./store.ts";
+import { readText, writableFolder, writeWhole } from "./store.ts";
 
 // A disk with a given number of bytes left that takes so many at once; Infinity is the real one.
 const disk = vi.hoisted(() => ({ left: Number.POSITIVE_INFINITY, atOnce: Number.POSITIVE_INFINITY }));
@@ -99,45 +98,4 @@ test("reading what is not there names the file", () => {
   expect(() => readText(join(folder, "none.json"))).toThrow(
     `cannot read ${join(folder, "none.json")}: no such file or folder`,
   );
-});
-
-describe("snapshots", () => {
-  const snapshot: TrainerSnapshot = {
-    json: { steps: 3, history: [1e-300, 0.1, null], name: "é" },
-    arrays: {
-      "params.w": { data: Float32Array.of(1.5, -0, Number.NaN, Number.POSITIVE_INFINITY), shape: [2, 2], dtype: "f32" },
-      "params.none": { data: new Float32Array(0), shape: [0, 7], dtype: "f32" },
-      "buffers.0.ids": { data: Int32Array.of(-1, 7), shape: [2], dtype: "i32" },
-      "buffers.0.wide": { data: Float64Array.of(Math.PI), shape: [], dtype: "f32" },
-      bytes: { data: Uint8Array.of(255), shape: [1], dtype: "u8" },
-      halves: { data: Uint16Array.of(65_535), shape: [1], dtype: "f16" },
-    },
-  };
-  const path = join(folder, "run.snapshot");
-  writeSnapshot(path, snapshot, { seconds: 4.5 });
-
-  test("come back exactly", () => {
-    const back = readSnapshot(path);
-    expect(back?.snapshot).toEqual(snapshot);
-    expect(Object.is(back?.snapshot.arrays["params.w"]?.data[1], -0)).toBe(true);
-    expect(back?.more).toEqual({ seconds: 4.5 });
-    expect(readSnapshot(join(folder, "none.snapshot"))).toBeUndefined();
-  });
-
-  test("every kind of damage is noticed", () => {
-    const bytes = readFileSync(path);
-    const damaged = join(folder, "damaged.snapshot");
-    for (const at of [60, 100, bytes.length - 1]) {
-      const copy = Buffer.from(bytes);
-      copy[at] = (copy[at] ?? 0) ^ 1;
-      writeFileSync(damaged, copy);
-      expect(() => readSnapshot(damaged)).toThrow(/damaged\.snapshot: the snapshot is damaged/);
-    }
-    writeFileSync(damaged, bytes.subarray(0, bytes.length - 5));
-    expect(() => readSnapshot(damaged)).toThrow("damaged");
-    for (const text of ["", "hello", "switchyard snapshot 1\n"]) {
-      writeFileSync(damaged, text);
-      expect(() => readSnapshot(damaged)).toThrow("not a snapshot");
-    }
-  });
 });

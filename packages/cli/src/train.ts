@@ -37,11 +37,13 @@ import {
   generate,
   languageModelTask,
   parameterCounts,
+  readSnapshot,
   saveModel,
   type Tokenizer,
   tokenizer,
   trainTokenizer,
   transformer,
+  writeSnapshot,
 } from "@switchyard/models";
 import { type RunFile, type RunSettings, runFileSchema, type TrainArgs } from "./options.ts";
 import { expertSizes, type NamedRouter, routersFrom } from "./routers.ts";
@@ -352,6 +354,7 @@ async function inFolder(args: TrainArgs, context: TrainContext, job: Job): Promi
         steps,
         sampleTokens,
         folder,
+        snapshots: { write: writeSnapshot, read: readSnapshot },
         signal,
         done,
         onStep: (progress) => display.step(progress),

@@ -2,6 +2,7 @@
 import { UnsupportedError } from "@switchyard/core";
 
 interface BuiltIns {
+  readonly "node:crypto": typeof import("node:crypto");
   readonly "node:fs/promises": typeof import("node:fs/promises");
   readonly "node:path": typeof import("node:path");
 }

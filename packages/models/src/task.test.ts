@@ -76,7 +76,14 @@ describe("training", () => {
       const numbers = (run: Trainer<TextBatch>) => run.history.map(({ seconds: _, ...report }) => report);
       expect(numbers(resumed)).toEqual(numbers(whole));
 
-      await writeFile(path, (await readFile(path)).subarray(0, -1));
+      const bytes = await readFile(path);
+      for (const at of [Math.floor(bytes.length / 2), bytes.length - 1]) {
+        const flipped = Uint8Array.from(bytes);
+        flipped[at] = (flipped[at] ?? 0) ^ 1;
+        await writeFile(path, flipped);
+        await expect(readSnapshot(path)).rejects.toThrow(/training.safetensors.*damaged/);
+      }
+      await writeFile(path, bytes.subarray(0, -1));
       await expect(readSnapshot(path)).rejects.toThrow(/training.safetensors: .*cut short or damaged/);
       await expect(readSnapshot(join(folder, "none"))).rejects.toThrow(/there is no such file/);
     } finally {
