@@ -108,7 +108,7 @@ export interface Results {
   readonly created: string;
   /** False while runs are missing: the comparison was interrupted. */
   readonly complete: boolean;
-  /** Wall time of the whole command, all sessions of a resumed run added up. */
+  /** Wall time of the whole command, all parts of a resumed run added up. */
   readonly seconds: number;
   readonly versions: { readonly [name: string]: string };
   readonly machine: { readonly [name: string]: string | number };

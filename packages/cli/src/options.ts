@@ -90,7 +90,7 @@ export interface RunFile {
   readonly steps: number;
   /** SHA-256 of the text, as it was split. */
   readonly text: string;
-  /** Seconds of the sessions before this one. */
+  /** Seconds of the run before it was resumed. */
   readonly seconds: number;
 }
 

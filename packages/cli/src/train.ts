@@ -373,7 +373,7 @@ async function inFolder(args: TrainArgs, context: TrainContext, job: Job): Promi
   }
 }
 
-/** What earlier sessions of the run wrote. */
+/** What the run wrote before it was resumed. */
 function earlierResults(folder: string): Results | undefined {
   const file = join(folder, "results.json");
   return existsSync(file) ? parseResults(readText(file), file) : undefined;
