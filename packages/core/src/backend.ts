@@ -58,11 +58,26 @@ export interface Backend<H> {
   readonly kernels: { readonly [P in PrimitiveName]: Kernel<H> } & {
     readonly [fusedOp: string]: Kernel<H> | undefined;
   };
-  /** Copies `data` to the device. Element types are converted where they differ from `spec.dtype`. */
+  /**
+   * Copies `data` to the device; the caller may change it afterwards. Element types are converted where they differ
+   * from `spec.dtype`.
+   */
   upload(data: TypedArray, spec: Spec): H;
+  /**
+   * The elements as they are at this call: after the kernels that were called before it, before those called after it.
+   * Any number of downloads may be pending and settle in any order. Nobody waits for them: while one is pending its
+   * handle may be freed, or taken over by a kernel (`reuse`), and the elements must still arrive unchanged. (The
+   * trainer's snapshot starts its reads together; a step may follow before they end.) So a backend that cannot copy at
+   * once orders the copy on its queue, and holds memory back until then. Rejects with DeviceError when the device
+   * failed in anything called before: numbers that may be wrong are never delivered.
+   */
   download(x: Operand<H>): Promise<TypedArray>;
   /** Only where the host may block; WebGPU leaves it out. */
   downloadSync?(x: Operand<H>): TypedArray;
+  /**
+   * Gives a handle back, once. Kernels that use it may still be queued, downloads of it pending (see there). Must not
+   * throw because the device failed: scopes free what they hold while that error passes through them.
+   */
   free(handle: H): void;
   flush?(): void;
   /** Ends the backend: workers, device, memory. Later calls throw. */

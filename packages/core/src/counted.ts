@@ -24,6 +24,7 @@ const dense: Record<
 > = {
   matmul: ([a], [y], { transposeA = false }) => 2 * sizeOf(y?.shape ?? []) * dim(a, transposeA ? -2 : -1),
   linear: ([x], [y]) => 2 * sizeOf(y?.shape ?? []) * dim(x, -1),
+  quantizedLinear: ([x], [y]) => 2 * sizeOf(y?.shape ?? []) * dim(x, -1),
   // scores and output; a causal mask halves neither here: it is what a dense evaluation costs
   attention: ([q, k, v]) =>
     2 * sizeOf(q?.shape ?? []) * dim(k, 1) + 2 * dim(q, 0) * dim(q, 1) * dim(q, 2) * dim(k, 1) * dim(v, -1),
@@ -32,6 +33,7 @@ const dense: Record<
 /** FLOPs per dispatched row: how many rows there are only the device knows. The input that tells is `ends` (or ids). */
 const ragged: Record<string, { readonly input: number; perRow(inputs: readonly Spec[]): number }> = {
   groupedMatmul: { input: 2, perRow: ([, w]) => 2 * dim(w, 1) * dim(w, 2) },
+  quantizedGroupedMatmul: { input: 3, perRow: ([rows, codes]) => 2 * dim(rows, 1) * dim(codes, 1) },
   groupedOuter: { input: 2, perRow: ([a, b]) => 2 * dim(a, 1) * dim(b, 1) },
   moeExperts: {
     input: 3,
@@ -89,13 +91,16 @@ export function counted(inner: Engine): Engine & {
     async settle() {
       const reads = pending;
       pending = [];
-      for (const { name, sizes, experts, perRow } of reads) {
-        const values = await sizes.data();
-        sizes.dispose();
-        // ends: the last one is the number of rows; ids: every id of a real expert is a row
-        const dispatched =
-          name === "moeExperts" ? values.filter((id) => id >= 0 && id < experts).length : (values.at(-1) ?? 0);
-        count(name, 0, perRow * dispatched, 0);
+      try {
+        for (const { name, sizes, experts, perRow } of reads) {
+          const values = await sizes.data();
+          // ends: the last one is the number of rows; ids: every id of a real expert is a row
+          const dispatched =
+            name === "moeExperts" ? values.filter((id) => id >= 0 && id < experts).length : (values.at(-1) ?? 0);
+          count(name, 0, perRow * dispatched, 0);
+        }
+      } finally {
+        for (const { sizes } of reads) sizes.dispose();
       }
     },
   });

@@ -43,7 +43,8 @@ export function engine<H>(backend: Backend<H>): Engine {
       live--;
       backend.free(handle);
     },
-    read: (x: Stored<H>): Promise<TypedArray> => backend.download(operand(x)),
+    // async: a backend that throws at once still rejects.
+    read: async (x: Stored<H>): Promise<TypedArray> => backend.download(operand(x)),
   };
   const wrap = (spec: Spec, storage: Storage<H>): Stored<H> =>
     register(scopes, new Stored<H>(self, spec, storage, device));

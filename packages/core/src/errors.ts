@@ -1,4 +1,4 @@
-// The four error classes of the project. Each carries a `Symbol.for` brand, so that two copies of core recognise each other's errors.
+// The five error classes of the project. Each carries a `Symbol.for` brand, so that two copies of core recognise each other's errors.
 
 const brand = (name: string): symbol => Symbol.for(`switchyard.error.${name}`);
 
@@ -50,5 +50,15 @@ export class MissingPackageError extends SwitchyardError {
   }
   static isInstance(error: unknown): error is MissingPackageError {
     return branded("MissingPackageError", error);
+  }
+}
+
+/** A device that failed while it worked: lost, out of memory, or an invalid command. What it holds is gone; results are never returned after it. */
+export class DeviceError extends SwitchyardError {
+  constructor(message: string, options?: ErrorOptions) {
+    super("DeviceError", message, options);
+  }
+  static isInstance(error: unknown): error is DeviceError {
+    return branded("DeviceError", error);
   }
 }

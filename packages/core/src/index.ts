@@ -4,7 +4,7 @@ export { autodiff, customGrad, grad, lower, straightThrough, valueAndGrad, watch
 export type { Backend, DType, Kernel, Operand, PrimitiveName, Spec, TypedArray } from "./backend.ts";
 export { counted, type OpCount } from "./counted.ts";
 export { alias, type Engine, engine } from "./engine.ts";
-export { CheckpointError, MissingPackageError, ShapeError, UnsupportedError } from "./errors.ts";
+export { CheckpointError, DeviceError, MissingPackageError, ShapeError, UnsupportedError } from "./errors.ts";
 export type { Json } from "./json.ts";
 export { type Op, run } from "./op.ts";
 export * from "./ops/attention.ts";
@@ -13,6 +13,7 @@ export * from "./ops/experts.ts";
 export * from "./ops/matmul.ts";
 export * from "./ops/normalise.ts";
 export * from "./ops/optimiser.ts";
+export * from "./ops/quantized.ts";
 export * from "./ops/reduce.ts";
 export * from "./ops/rows.ts";
 export * from "./ops/shape.ts";

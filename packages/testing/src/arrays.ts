@@ -1,9 +1,9 @@
 // Host arrays the suites compute with: a shape and row-major numbers. Nothing here touches an engine.
 
-/** A row-major array on the host. Float64Array stands for f32 values, Int32Array for i32 ids. */
+/** A row-major array on the host: Float64Array stands for f32 values, Int32Array for i32 ids, Uint8Array for codes. */
 export interface HostArray {
   readonly shape: readonly number[];
-  readonly data: Float64Array | Int32Array;
+  readonly data: Float64Array | Int32Array | Uint8Array;
 }
 
 export const sizeOf = (shape: readonly number[]): number => shape.reduce((product, n) => product * n, 1);
@@ -20,6 +20,13 @@ export function ints(shape: readonly number[], values: ArrayLike<number>): HostA
   if (values.length !== sizeOf(shape))
     throw new RangeError(`ints: ${values.length} values for the shape [${shape.join(", ")}]`);
   return { shape, data: Int32Array.from(values) };
+}
+
+/** Bytes (codes of quantised weights). */
+export function bytes(shape: readonly number[], values: ArrayLike<number>): HostArray {
+  if (values.length !== sizeOf(shape))
+    throw new RangeError(`bytes: ${values.length} values for the shape [${shape.join(", ")}]`);
+  return { shape, data: Uint8Array.from(values) };
 }
 
 /** A small generator (mulberry32) keyed by text: a case draws the same numbers whatever ran before it. */
@@ -74,7 +81,7 @@ export function assertClose(what: string, found: HostArray, expected: HostArray,
     throw new Error(`${what}: shape [${found.shape.join(", ")}], expected [${expected.shape.join(", ")}]`);
   if (found.data.length !== expected.data.length)
     throw new Error(`${what}: ${found.data.length} values, expected ${expected.data.length}`);
-  const exact = expected.data instanceof Int32Array;
+  const exact = !(expected.data instanceof Float64Array);
   let scale = 0;
   for (const value of expected.data) if (Number.isFinite(value)) scale = Math.max(scale, Math.abs(value));
   const allowed = exact ? 0 : tolerance.absolute + tolerance.relative * scale;

@@ -5,6 +5,7 @@ import type { BackendCase } from "./cases/case.ts";
 import { engineCases } from "./cases/engine.ts";
 import { fusedCases } from "./cases/fused.ts";
 import { primitiveCases } from "./cases/primitives.ts";
+import { quantizedCases } from "./cases/quantized.ts";
 
 /**
  * Every case of the backend suite, in order. Each has a stable name ("matmul/transposeB 5x7x3") and a `run(engine)`
@@ -15,7 +16,7 @@ import { primitiveCases } from "./cases/primitives.ts";
  * await one?.run(engine(myBackend()));
  */
 export function backendCases(): readonly BackendCase[] {
-  return [...primitiveCases(), ...fusedCases(), ...engineCases()];
+  return [...primitiveCases(), ...fusedCases(), ...quantizedCases(), ...engineCases()];
 }
 
 const names: { readonly [P in PrimitiveName]: true } = {

@@ -1,5 +1,15 @@
 // The public surface of @switchyard/testing.
-export { assertClose, floats, generator, type HostArray, integers, ints, type Tolerance, uniform } from "./arrays.ts";
+export {
+  assertClose,
+  bytes,
+  floats,
+  generator,
+  type HostArray,
+  integers,
+  ints,
+  type Tolerance,
+  uniform,
+} from "./arrays.ts";
 export { backendCases, primitiveNames, primitivesOnly, uncoveredKernels } from "./backend-cases.ts";
 export type { BackendCase } from "./cases/case.ts";
 export { type GradientCheckOptions, type GradientReport, gradientCheck, type WorstEntry } from "./gradient-check.ts";

@@ -570,6 +570,43 @@ export function groupedMatmul(rows: HostArray, w: HostArray, ends: HostArray, tr
     return sum;
   });
 }
+/** Stored weights: u8 codes, f32 scales (u8 exponents for mxfp4), u8 zeros; see core's QuantizedWeights. */
+export interface StoredWeights {
+  readonly codes: HostArray;
+  readonly scales: HostArray;
+  readonly zeros?: HostArray | undefined;
+  readonly format: "int8" | "int4" | "mxfp4";
+  readonly group: number;
+}
+/** Bytes taken apart bit by bit. */
+export function dequantize({ codes, scales, zeros, format, group }: StoredWeights): HostArray {
+  const perByte = format === "int8" ? 1 : 2;
+  const inner = dim(codes, -1) * perByte;
+  return float([...codes.shape.slice(0, -1), inner], (i) => {
+    const byte = at(codes, Math.floor(i / perByte));
+    const code = perByte === 1 ? byte : i % 2 === 0 ? byte & 15 : byte >> 4;
+    const g = Math.floor(i / inner) * (inner / group) + Math.floor((i % inner) / group);
+    const zero = zeros && at(zeros, g);
+    switch (format) {
+      case "int8":
+        return (((code << 24) >> 24) - (((zero ?? 0) << 24) >> 24)) * at(scales, g);
+      case "int4":
+        return (code - (zero ?? 8)) * at(scales, g);
+      case "mxfp4": {
+        const [sign, exponent, mantissa] = [code >> 3, (code >> 1) & 3, code & 1];
+        const magnitude = exponent === 0 ? mantissa / 2 : (1 + mantissa / 2) * 2 ** (exponent - 1);
+        const scale = at(scales, g) === 255 ? Number.NaN : 2 ** (at(scales, g) - 127);
+        return (sign === 1 ? -magnitude : magnitude) * scale;
+      }
+      default:
+        throw new RangeError(`oracle: format ${format satisfies never}`);
+    }
+  });
+}
+export const quantizedLinear = (x: HostArray, w: StoredWeights): HostArray => linear(x, dequantize(w));
+export const quantizedGroupedMatmul = (rows: HostArray, w: StoredWeights, ends: HostArray): HostArray =>
+  groupedMatmul(rows, dequantize(w), ends);
+
 export function groupedOuter(a: HostArray, b: HostArray, ends: HostArray): HostArray {
   const [p, q, count] = [dim(a, 1), dim(b, 1), dim(ends, 0)];
   const data = new Float64Array(count * p * q);

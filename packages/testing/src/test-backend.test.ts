@@ -1,7 +1,9 @@
 import { engine, type Kernel } from "@switchyard/core";
 import { type CpuBackend, type CpuHandle, cpu } from "@switchyard/core/cpu";
 import { describe, expect, it } from "vitest";
+import { bytes, floats } from "./arrays.ts";
 import { backendCases, primitiveNames, primitivesOnly, uncoveredKernels } from "./backend-cases.ts";
+import * as oracle from "./oracles.ts";
 import { readSkips } from "./skip.ts";
 import { testBackend } from "./test-backend.ts";
 
@@ -98,8 +100,14 @@ describe("the backend suite can fail", () => {
       (b) => (_, results) =>
         results.map((spec) => b.upload(new Float32Array(spec.shape.reduce((n, d) => n * d, 1)), spec)),
     ],
+    ["quantizedLinear", (b) => (_, results) => [b.upload(new Float32Array(size(results)), results[0] ?? none)]],
+    ["quantizedGroupedMatmul", (b) => (_, results) => [b.upload(new Float32Array(size(results)), results[0] ?? none)]],
   ];
   const none = { shape: [], dtype: "f32" } as const;
+  const codes = (w: oracle.StoredWeights, change: (byte: number) => number): oracle.StoredWeights => ({
+    ...w,
+    codes: bytes(w.codes.shape, w.codes.data.map(change)),
+  });
   const size = (results: readonly { readonly shape: readonly number[] }[]): number =>
     (results[0]?.shape ?? []).reduce((n, d) => n * d, 1);
   it.each(wrong)("a wrong %s", async (op, make) => {
@@ -131,6 +139,62 @@ describe("the backend suite can fail", () => {
     }));
     expect(failed.join("\n")).toMatch(/ties 4x6/);
     expect(failed.join("\n")).not.toMatch(/ascending values 3x5/);
+  });
+  it.each<[string, RegExp, (w: oracle.StoredWeights) => oracle.StoredWeights]>([
+    ["nothing wrong", /^$/, (w) => w],
+    [
+      "nibbles in the other order",
+      /int4.*mxfp4/s,
+      (w) => (w.format === "int8" ? w : codes(w, (x) => (x >> 4) | (x << 4))),
+    ],
+    ["int8 codes without a sign", /int8/, (w) => (w.format === "int8" ? codes(w, (x) => Math.min(x, 127)) : w)],
+    ["zeros forgotten", /with zeros/, ({ zeros: _, ...w }) => w],
+    [
+      "every second scale forgotten",
+      /by 32/,
+      (w) => ({
+        ...w,
+        scales: { ...w.scales, data: w.scales.data.map((_, i, all) => all[i - (i % 2)] ?? 0) as Uint8Array },
+      }),
+    ],
+    [
+      "small exponents flushed",
+      /exponent 1 /,
+      (w) =>
+        w.format === "mxfp4"
+          ? {
+              ...w,
+              scales: bytes(
+                w.scales.shape,
+                w.scales.data.map((e) => (e < 64 ? 0 : e)),
+              ),
+            }
+          : w,
+    ],
+    [
+      "no NaN",
+      /255 is NaN/,
+      (w) =>
+        w.format === "mxfp4"
+          ? {
+              ...w,
+              scales: bytes(
+                w.scales.shape,
+                w.scales.data.map((e) => e % 255),
+              ),
+            }
+          : w,
+    ],
+  ])("dequantize with %s", async (_, expected, spoil) => {
+    const failed = await failures("dequantize", (b) => ({
+      dequantize: (inputs, results, attrs) => {
+        const [c, s, z] = inputs.map((x) => (x.dtype === "u8" ? bytes : floats)(x.shape, b.downloadSync(x)));
+        if (!c || !s) throw new Error("dequantize has two inputs or three");
+        const { data } = oracle.dequantize(spoil({ codes: c, scales: s, zeros: z, ...attrs }));
+        return [b.upload(data, results[0] ?? none)];
+      },
+    }));
+    expect(failed.map((line) => line.split(":")[0]).join("\n")).toMatch(expected);
   });
   it("a kernel that overwrites its input", async () => {
     const failed = await failures("engine", (b) => ({

@@ -161,6 +161,7 @@ export interface Trainer<B> {
    * One optimiser step.
    * @throws Error when the loss or the gradient is not finite: it names step, loss and gradient norm, and
    * parameters, buffers, optimiser and hook state are as they were before the step.
+   * @throws DeviceError when the device failed: make a new engine and trainer, and `restore` the last snapshot.
    */
   step(): Promise<StepReport>;
   /**
@@ -171,8 +172,15 @@ export interface Trainer<B> {
   run(options?: RunOptions): Promise<"done" | "aborted">;
   /** Fixes the number of steps, once. */
   setTotalSteps(totalSteps: number): void;
-  /** Loss and loads of other batches with the current parameters, without gradients. */
+  /**
+   * Loss and loads of other batches with the current parameters, without gradients. Until it has ended, `step`,
+   * `restore` and `dispose` are refused with UnsupportedError: they would change the parameters between two batches.
+   */
   evaluate(batches: Iterable<B>): Promise<Evaluation>;
+  /**
+   * The state as it is at this call: a step may follow before the promise settles.
+   * @throws DeviceError when the device failed; an older snapshot then resumes on a new engine.
+   */
   snapshot(): Promise<TrainerSnapshot>;
   /**
    * Takes over a snapshot's state. `seed` and `totalSteps` come from the snapshot where the options leave them out.
@@ -213,6 +221,7 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
   let history: StepReport[] = [];
   let buffers: readonly Tree[] = task.routers.map((router) => router.buffers);
   let busy = false;
+  let evaluations = 0;
   let unusable: string | undefined;
 
   // A tensor that stands at several places of the tree (tied weights) is one parameter, named after the first.
@@ -403,9 +412,15 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     if (busy) throw new UnsupportedError(`trainer: ${what} while a step is running; await it first`);
     if (unusable) throw new UnsupportedError(`trainer: ${what}: ${unusable}; restore a snapshot or make a new trainer`);
   };
+  /** For what changes parameters: an evaluation of several batches would mix old ones and new ones. */
+  const undisturbed = (what: string): void => {
+    if (busy) throw new UnsupportedError(`trainer: ${what} while a step is running; await it first`);
+    if (evaluations > 0) throw new UnsupportedError(`trainer: ${what} while an evaluation is running; await it first`);
+  };
 
   const step = async (): Promise<StepReport> => {
     usable("step");
+    undisturbed("step");
     busy = true;
     const started = performance.now();
     before = hooks.map((hook) => hook.state);
@@ -512,7 +527,7 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
   };
 
   const restore = ({ arrays, json }: TrainerSnapshot): void => {
-    if (busy) throw new UnsupportedError("trainer: restore while a step is running; await it first");
+    undisturbed("restore");
     const head = readHead(json);
     if (head.optimiser !== optimiser.name) {
       throw new CheckpointError(
@@ -633,21 +648,26 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
       const { result } = tally;
       const total = { loss: 0, tokens: 0 };
       let index = 0;
-      for (const batch of some) {
-        const params = treeOf(({ tensor }) => tensor);
-        const vector = engine.scope(() => {
-          const draw = draws.at("evaluate", index);
-          const info = { ...progress(), training: false, pass: 0, microBatch: 0, random: draw, schedule: {} };
-          const out = task.forward(params, buffers, batch, info);
-          tally.pass(out, 1);
-          tally.tokens(out, task.info?.(batch) ?? {});
-          return tally.vector();
-        });
-        await tally.read(vector);
-        total.loss += result.loss * result.tokens;
-        total.tokens += result.tokens;
-        Object.assign(result, { loss: 0, tokens: 0 });
-        index++;
+      evaluations++;
+      try {
+        for (const batch of some) {
+          const params = treeOf(({ tensor }) => tensor);
+          const vector = engine.scope(() => {
+            const draw = draws.at("evaluate", index);
+            const info = { ...progress(), training: false, pass: 0, microBatch: 0, random: draw, schedule: {} };
+            const out = task.forward(params, buffers, batch, info);
+            tally.pass(out, 1);
+            tally.tokens(out, task.info?.(batch) ?? {});
+            return tally.vector();
+          });
+          await tally.read(vector);
+          total.loss += result.loss * result.tokens;
+          total.tokens += result.tokens;
+          Object.assign(result, { loss: 0, tokens: 0 });
+          index++;
+        }
+      } finally {
+        evaluations--;
       }
       if (total.tokens === 0) throw new ShapeError(`trainer.evaluate: ${index} batches without a single token`);
       return { ...total, loss: total.loss / total.tokens, loads: tally.loads(), metrics: tally.metrics() };
@@ -657,7 +677,7 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     restore,
 
     dispose() {
-      if (busy) throw new UnsupportedError("trainer: dispose while a step is running; await it first");
+      undisturbed("dispose");
       for (const tensor of Object.values(named())) tensor.dispose();
       unusable = "it was disposed";
     },

@@ -115,7 +115,7 @@ export function compare(name: string, comparison: Comparison): BackendCase[] {
   if (gradient === undefined) return [values];
   const weighted = (xs: readonly HostArray[]): number =>
     list(expect(xs)).reduce((total, y, i) => {
-      if (y.data instanceof Int32Array) return total;
+      if (!(y.data instanceof Float64Array)) return total;
       const weights = coefficients(i, y.shape).data;
       return y.data.reduce((inner: number, value: number, j: number) => inner + value * (weights[j] ?? 0), total);
     }, 0);

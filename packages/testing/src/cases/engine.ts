@@ -176,6 +176,46 @@ function transfers(): BackendCase[] {
       await Promise.all(reads);
       for (const x of xs) x.dispose();
     }),
+    behaviour("engine/a read keeps what it saw when the tensor is freed", async (engine) => {
+      const next = generator("pending reads");
+      const x = uniform(next, [37, 11]);
+      const source = upload(engine, x);
+      const y = engine.scope(() => affine(source, { scale: 2, shift: 0 }));
+      const reads = [source.data(), y.data(), y.data()];
+      source.dispose();
+      y.dispose();
+      // Memory given back too early would be taken by these.
+      const others = engine.scope(() => {
+        const nines = floats([37, 11], new Float64Array(37 * 11).fill(9));
+        return Array.from({ length: 4 }, () => affine(upload(engine, nines), { scale: 1, shift: 1 }));
+      });
+      const found = await Promise.all(reads);
+      for (const other of others) other.dispose();
+      for (const [i, data] of found.entries()) {
+        const expected = floats([37, 11], i === 0 ? x.data : x.data.map((value) => 2 * value));
+        assertClose(`read ${i}`, floats([37, 11], data), expected, { absolute: 0, relative: 0 });
+      }
+    }),
+    behaviour("engine/a read keeps what it saw when the tensor is given away", async (engine) => {
+      const next = generator("pending gifts");
+      const arrays = [0, 1, 2].map(() => uniform(next, [37, 11], 0.1, 1));
+      const [param, m, v] = arrays.map((x) => upload(engine, x));
+      if (!param || !m || !v) throw new Error("three tensors were uploaded");
+      const before = [param, m, v].map((x) => x.data());
+      const [one, g] = [engine.tensor(Float32Array.of(1), []), upload(engine, get(arrays, 1))];
+      const updated = run(adamwOp, [engine.give(param), g, engine.give(m), engine.give(v), one], adamwOptions);
+      const [changed, ...rest] = updated;
+      if (!changed) throw new Error("adamw has three results");
+      const between = changed.data();
+      const last = add(engine.give(changed), g);
+      const sum = await last.data();
+      const seen = await between;
+      for (const [i, read] of before.entries())
+        assertClose(`input ${i}`, floats([37, 11], await read), get(arrays, i), { absolute: 0, relative: 0 });
+      const step = oracle.binary(floats([37, 11], seen), get(arrays, 1), (a, b) => a + b);
+      assertClose("after one more sum", floats([37, 11], sum), step, { absolute: 1e-6, relative: 1e-6 });
+      dispose([...rest, last, one, g]);
+    }),
   ];
 }
 
