@@ -2,7 +2,7 @@ import { dispose } from "@switchyard/core";
 import type { Plan, Routed } from "@switchyard/core/moe";
 import { routerContext, routerInput, testRouter } from "@switchyard/testing";
 import { describe, expect, it } from "vitest";
-import { expertChoiceFamily } from "../test/families.ts";
+import { expertChoiceFamily } from "../test/families/first.ts";
 import { flat, float64, readVectors, results, tensor, unmet } from "../test/vectors.ts";
 import { expertChoice } from "./expert-choice.ts";
 

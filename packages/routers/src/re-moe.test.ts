@@ -2,7 +2,7 @@ import { dispose, leaves, type Tensor, type Tree } from "@switchyard/core";
 import type { Routed, Router, StepStatistics } from "@switchyard/core/moe";
 import { routerContext, routerInput, testRouter } from "@switchyard/testing";
 import { describe, expect, it } from "vitest";
-import { reMoEFamily } from "../test/families.ts";
+import { reMoEFamily } from "../test/families/first.ts";
 import { flat, float64, readVectors, results, sparse, tensor, unmet } from "../test/vectors.ts";
 import { leaf } from "./parts.ts";
 import { type ReMoEOptions, reMoE } from "./re-moe.ts";

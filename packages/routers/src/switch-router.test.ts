@@ -2,7 +2,7 @@ import { dispose, type Tensor } from "@switchyard/core";
 import type { Routed } from "@switchyard/core/moe";
 import { floats, routerContext, routerInput, testRouter } from "@switchyard/testing";
 import { describe, expect, it } from "vitest";
-import { switchFamily } from "../test/families.ts";
+import { switchFamily } from "../test/families/first.ts";
 import { flat, float64, readVectors, results, sparse, tensor, unmet } from "../test/vectors.ts";
 import { leaf } from "./parts.ts";
 import { type SwitchOptions, switchRouter } from "./switch-router.ts";

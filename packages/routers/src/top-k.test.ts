@@ -2,7 +2,7 @@ import { dispose, leaves, softmax, sum, type Tensor } from "@switchyard/core";
 import { mixtralBalance, type Routed } from "@switchyard/core/moe";
 import { routerContext, routerInput, testRouter } from "@switchyard/testing";
 import { describe, expect, it } from "vitest";
-import { topKFamily } from "../test/families.ts";
+import { topKFamily } from "../test/families/first.ts";
 import { flat, float64, lists, readVectors, results, sparse, tensor, unmet } from "../test/vectors.ts";
 import { leaf } from "./parts.ts";
 import { type TopKOptions, topK } from "./top-k.ts";

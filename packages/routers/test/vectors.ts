@@ -19,8 +19,8 @@ export interface Vectors {
   readonly tolerance: { readonly abs: number; readonly rel: number };
   readonly cases: readonly VectorCase[];
 }
-/** What the implementation gives under each name of `expected`. */
-export type Family = (one: VectorCase) => Promise<Readonly<Record<string, Values>>>;
+/** What the implementation gives under each name of `expected`, computed on an engine. */
+export type Family = (one: VectorCase, on: Engine) => Promise<Readonly<Record<string, Values>>>;
 
 export const float64 = (): Engine => engine(cpu({ precision: 64 }));
 
@@ -132,9 +132,14 @@ export function readVectors(file: string): Vectors {
   return JSON.parse(readFileSync(new URL(`fixtures/${file}.json`, import.meta.url), "utf8"));
 }
 
-/** Everything of a case that is not met, by name. */
-export async function unmet(family: Family, one: VectorCase, tolerance: Vectors["tolerance"]): Promise<string[]> {
-  const found = await family(one);
+/** Everything of a case that is not met, by name; on the reference backend in float64 unless told otherwise. */
+export async function unmet(
+  family: Family,
+  one: VectorCase,
+  tolerance: Vectors["tolerance"],
+  on: Engine = float64(),
+): Promise<string[]> {
+  const found = await family(one, on);
   return Object.entries(one.expected).flatMap(([name, value]) =>
     differences(value, found[name], tolerance).map((line) => `${one.id} ${name}: ${line}`),
   );

@@ -1,28 +1,25 @@
 // One function per family of vectors: what the router gives under each name the vectors expect.
-import { type Engine, mean, mul, type Random, relu, sum, type Tensor, type Tree } from "@switchyard/core";
+import { mean, mul, type Random, relu, sum, type Tensor } from "@switchyard/core";
 import {
   capacityOf,
   expertLoad,
   idCounts,
   padToCapacity,
   type Routed,
-  type Router,
   type RouterInput,
-  type RouterPlugin,
   untouchedTokens,
 } from "@switchyard/core/moe";
 import { routerContext, routerInput } from "@switchyard/testing";
-import { expertChoice } from "../src/expert-choice.ts";
-import { leaf } from "../src/parts.ts";
-import { reMoE } from "../src/re-moe.ts";
-import { switchRouter } from "../src/switch-router.ts";
-import { type TopKOptions, topK } from "../src/top-k.ts";
+import { expertChoice } from "../../src/expert-choice.ts";
+import { leaf } from "../../src/parts.ts";
+import { reMoE } from "../../src/re-moe.ts";
+import { switchRouter } from "../../src/switch-router.ts";
+import { type TopKOptions, topK } from "../../src/top-k.ts";
 import {
   dense,
   type Family,
   fixedUniform,
   flat,
-  float64,
   given,
   number,
   results,
@@ -32,31 +29,10 @@ import {
   tensor,
   turned,
   type Values,
-} from "./vectors.ts";
+} from "../vectors.ts";
+import { selecting, weighted } from "./parts.ts";
 
-/** A router whose `select` takes logits of that many experts; its weights do not matter. */
-function selecting(
-  on: Engine,
-  plugin: RouterPlugin,
-  experts: number,
-): (logits: Tensor, input: Partial<RouterInput>) => Routed {
-  const router = plugin.init(routerContext(on, { experts }));
-  return (logits, input) => {
-    if (!router.select) throw new Error(`${plugin.name} has no select`);
-    const hidden = on.tensor(new Float64Array(logits.shape[0] ?? 0), [logits.shape[0] ?? 0, 1]);
-    return router.select(logits, { ...routerInput(on, { hidden, buffers: router.buffers }), ...input });
-  };
-}
-
-/** A router with the weights of the vector, w_router [width, experts]. */
-function weighted(on: Engine, plugin: RouterPlugin, w: Values): { readonly router: Router; readonly params: Tree } {
-  const [width = 0, experts = 0] = shapeOf(w);
-  const router = plugin.init(routerContext(on, { experts, width }));
-  return { router, params: { weight: tensor(on, turned(w)) } };
-}
-
-export const topKFamily: Family = async (one) => {
-  const on = float64();
+export const topKFamily: Family = async (one, on) => {
   const logits = given(one.inputs, "logits");
   const experts = shapeOf(logits)[1] ?? 0;
   const k = number(one, "k");
@@ -93,8 +69,7 @@ export const topKFamily: Family = async (one) => {
   };
 };
 
-export const switchFamily: Family = async (one) => {
-  const on = float64();
+export const switchFamily: Family = async (one, on) => {
   const [x, w] = [given(one.inputs, "x"), given(one.inputs, "w_router")];
   const [tokens = 0] = shapeOf(x);
   const experts = shapeOf(w)[1] ?? 0;
@@ -166,8 +141,7 @@ export const switchFamily: Family = async (one) => {
   };
 };
 
-export const reMoEFamily: Family = async (one) => {
-  const on = float64();
+export const reMoEFamily: Family = async (one, on) => {
   const logits = given(one.inputs, "logits");
   const [tokens = 0, experts = 0] = shapeOf(logits);
   const [k, lambda, alpha] = [number(one, "k"), number(one, "lambda0"), number(one, "alpha")];
@@ -207,8 +181,7 @@ export const reMoEFamily: Family = async (one) => {
   };
 };
 
-export const expertChoiceFamily: Family = async (one) => {
-  const on = float64();
+export const expertChoiceFamily: Family = async (one, on) => {
   const [x, w] = [given(one.inputs, "x"), given(one.inputs, "w_router")];
   const [tokens = 0] = shapeOf(x);
   const experts = shapeOf(w)[1] ?? 0;
@@ -236,7 +209,7 @@ export const expertChoiceFamily: Family = async (one) => {
   };
 };
 
-export const families: Readonly<Record<string, Family>> = {
+export const firstFamilies: Readonly<Record<string, Family>> = {
   topk: topKFamily,
   switch: switchFamily,
   remoe: reMoEFamily,
