@@ -21,6 +21,7 @@ const jobs = {
   tables: { built: true, script: ["tools/tables.ts"] },
   release: { built: true, script: ["tools/release.ts"] },
   "bench:kernels": { built: true, script: ["apps/bench-kernels/src/main.ts"] },
+  "bench:gpu": { built: true, script: ["apps/bench-gpu/src/main.ts"] },
 };
 
 /** @param {string[]} parameters */

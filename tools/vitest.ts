@@ -3,6 +3,7 @@
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { defineConfig, type ViteUserConfig } from "vitest/config";
+import { useSoftwareDriver } from "./software-gpu.ts";
 
 const packages = join(import.meta.dirname, "..", "packages");
 
@@ -22,6 +23,7 @@ export const alias: Alias[] = readdirSync(packages).flatMap((folder) => {
   });
 });
 
+useSoftwareDriver();
 const config: ViteUserConfig = defineConfig({
   resolve: { alias },
   test: { include: ["src/**/*.test.ts", "test/**/*.test.ts"], testTimeout: 60_000 },

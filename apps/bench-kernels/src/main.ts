@@ -2,9 +2,9 @@
 // everything else first.
 import { arch, availableParallelism, cpus, platform } from "node:os";
 import { parseArgs } from "node:util";
+import { chosen, type Table, tableText } from "@switchyard/bench/kernels";
 import { type Engine, engine } from "@switchyard/core";
 import { wasm } from "@switchyard/kernels/wasm";
-import { tableText } from "./format.ts";
 import { install, installedVersion, load } from "./install.ts";
 import { jax } from "./peers/jax.ts";
 import { llama } from "./peers/llama.ts";
@@ -12,7 +12,7 @@ import { onnxruntimeNode, onnxruntimeWeb } from "./peers/onnxruntime.ts";
 import type { Peer, PeerSource } from "./peers/peer.ts";
 import { tfjs } from "./peers/tfjs.ts";
 import { torch } from "./peers/torch.ts";
-import { type Context, cases, type Table, type Variant } from "./suite.ts";
+import { type Context, cases, type Variant } from "./suite.ts";
 
 const sources: readonly PeerSource[] = [onnxruntimeNode, onnxruntimeWeb, tfjs, jax, llama, torch];
 
@@ -33,16 +33,6 @@ const options = {
   json: { type: "boolean", default: false },
   help: { type: "boolean", default: false },
 } as const;
-
-/** The named ones of `known`, or all. */
-function chosen(option: string, value: string | undefined, known: readonly string[]): readonly string[] {
-  if (value === undefined) return known;
-  if (value === "none") return [];
-  const names = value.split(",").map((name) => name.trim());
-  const unknown = names.find((name) => !known.includes(name));
-  if (unknown !== undefined) throw new Error(`--${option}: unknown "${unknown}"; known are ${known.join(", ")}`);
-  return names;
-}
 
 /** Installs and opens the peers; one that cannot is told in one line. */
 async function openPeers(

@@ -10,6 +10,8 @@ import {
   denseLayer,
   denseProduct,
   type Entry,
+  type Figure,
+  type Goal,
   type LanguageModelCase,
   type LayerCase,
   layerDispatch,
@@ -22,6 +24,7 @@ import {
   type Summary,
   speedup,
   summarise,
+  type Table,
   type Timing,
   trainingStep,
   type Workload,
@@ -31,31 +34,6 @@ import { type Ceiling, ceiling } from "./ceiling.ts";
 import type { Peer } from "./peers/peer.ts";
 
 export type Variant = "relaxed" | "plain";
-
-export interface Goal {
-  readonly least?: number;
-  readonly most?: number;
-}
-
-/** One line under a table: a ratio or a share, with its spread, and what it should be. */
-export interface Figure {
-  readonly label: string;
-  readonly value: Summary;
-  /** The same in CPU time. */
-  readonly cpu?: Summary;
-  readonly goal?: Goal;
-}
-
-export interface Table {
-  readonly case: string;
-  readonly title: string;
-  readonly threads: number;
-  /** What an entry's time becomes: `amount` per run in `unit` per second. */
-  readonly unit: "GFLOP/s" | "GB/s" | "tokens/s";
-  readonly amounts: Readonly<Record<string, number>>;
-  readonly entries: readonly Entry[];
-  readonly figures: readonly Figure[];
-}
 
 export interface Context {
   readonly threads: number;

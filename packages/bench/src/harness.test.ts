@@ -9,6 +9,7 @@ import {
   contender,
   cpuSpeedup,
   measure,
+  queued,
   relativeError,
   speedup,
   summarise,
@@ -92,6 +93,68 @@ describe("measure", () => {
   });
 });
 
+describe("a contender with a queue", () => {
+  it("is timed over many runs with one wait, and its device's clock is read outside of ours", async () => {
+    const { clock } = machine();
+    let now = 0;
+    const sent: number[] = [];
+    const [timing] = await measure(
+      [
+        {
+          name: "gpu",
+          run() {
+            now += 10.25; // 10 s there and back
+          },
+          async many(runs) {
+            sent.push(runs);
+            now += 10 + 0.25 * runs;
+            return async () => {
+              now += 1000;
+              return 0.2 * runs;
+            };
+          },
+        },
+      ],
+      { repetitions: 2, minimumSeconds: 50, pauseSeconds: 0, clock: { now: () => now, cpu: clock.cpu } },
+    );
+    // 1 run lasts 10.25 s, so 5 would do; 5 last 11.25 s, so 22; 22 last 15.5 s, so 71; 71 last 27.75 s, so 128 will do.
+    expect(sent).toEqual([1, 5, 22, 71, 128, 128]);
+    expect(timing?.runs).toBe(128);
+    expect(timing?.wall.median).toBeCloseTo(10 / 128 + 0.25, 12);
+    expect(timing?.device).toMatchObject({ count: 2 });
+    expect(timing?.device?.median).toBeCloseTo(0.2, 12);
+  });
+
+  it("sends runs in batches, starts and stops the device's clock around them, and leaves nothing alive", async () => {
+    const host = engine(cpu());
+    const events: string[] = [];
+    const one = queued(
+      "cpu",
+      {
+        run() {
+          events.push("run");
+          return host.tensor(Float32Array.of(1), [1]);
+        },
+        flops: 0,
+        bytes: 0,
+        dispose: () => undefined,
+      },
+      {
+        flush: () => void events.push("flush"),
+        stopwatch() {
+          events.push("start");
+          return { stop: () => void events.push("stop"), seconds: async () => 3 };
+        },
+      },
+    );
+    const seconds = await one.many?.(10);
+    const eight = new Array(8).fill("run");
+    expect(events).toEqual(["start", "run", "flush", ...eight, "flush", "run", "flush", "stop"]);
+    expect(await seconds?.()).toBe(3);
+    expect(host.live()).toBe(0);
+  });
+});
+
 describe("speedup", () => {
   it("pairs the samples, so a drift of the machine cancels", async () => {
     const { clock, worker } = machine();
@@ -134,7 +197,7 @@ describe("contender", () => {
     });
     await one.run();
     expect(host.live()).toBe(1);
-    expect(Array.from((await one.output?.()) ?? [])).toEqual([2, 7]);
+    expect(await one.output?.()).toEqual([Float32Array.of(2, 7)]);
     await one.dispose?.();
     expect(host.live()).toBe(0);
   });
@@ -188,6 +251,31 @@ describe("compare", () => {
     ]);
     expect(ratios.map(({ peer }) => peer)).toEqual(["right"]);
     expect(disposed).toEqual(["ours", "wrong", "right"]);
+  });
+
+  it("compares several results each by its own scale, and tells how a peer went about it", async () => {
+    const several = (name: string, small: number, note?: string) => ({
+      name,
+      open: (): Contender => ({
+        name,
+        run: () => undefined,
+        output: async () => [[1e6, 2e6], [small]],
+        ...(note !== undefined && { note }),
+      }),
+    });
+    const { clock } = machine();
+    const fewer = {
+      name: "fewer",
+      open: () => ({ name: "fewer", run: () => undefined, output: async () => [[1e6, 2e6]] }),
+    };
+    const peers = [several("off", 1.5), several("right", 1.0001, "in one go"), fewer];
+    const { entries } = await compare([several("ours", 1)], peers, { ...options, clock });
+    expect(entries.map(({ failed, error, note }) => [failed, error?.toFixed(5), note])).toEqual([
+      [undefined, "0.00000", undefined],
+      ["its result differs, relative error 5.0e-1", undefined, undefined],
+      [undefined, "0.00010", "in one go"],
+      ["its result differs, relative error Infinity", undefined, undefined],
+    ]);
   });
 
   it("throws what goes wrong on our side, and still frees", async () => {

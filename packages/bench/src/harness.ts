@@ -13,6 +13,8 @@ export interface Benchmark<C> {
 export interface Workload {
   /** Enqueues the work once. The result belongs to the caller; temporaries are gone when it returns. */
   run(): Tensor;
+  /** What is compared with other contenders, where the result of `run` is only a part of it. */
+  outputs?(): readonly Tensor[];
   readonly flops: number;
   readonly bytes: number;
   /** Frees what `setup` made. */
@@ -24,12 +26,22 @@ export interface Contender {
   readonly name: string;
   /** Does the work once and returns when it is done (not when it is enqueued). */
   run(): unknown | Promise<unknown>;
-  /** The result, for checking that all contenders compute the same. */
-  output?(): Promise<ArrayLike<number>>;
+  /**
+   * Does the work that often and waits once, at the end: for devices with a queue, where the way there and back may take
+   * longer than the work. Answers a reader of the device's own clock (seconds for all the runs) where there is one.
+   */
+  many?(runs: number): Promise<DeviceTime | undefined>;
+  /** The result, or each of several, for checking that all contenders compute the same. */
+  output?(): Promise<ArrayLike<number> | readonly ArrayLike<number>[]>;
+  /** How it goes about it, where there was a choice. */
+  readonly note?: string;
   /** It works in another process: our clock sees none of its CPU time. */
   readonly outside?: boolean;
   dispose?(): void | Promise<void>;
 }
+
+/** Reads seconds by the device's clock; called when the host's clock has been stopped. */
+export type DeviceTime = () => Promise<number>;
 
 export interface Summary {
   readonly median: number;
@@ -46,6 +58,8 @@ export interface Timing {
   /** CPU seconds per run over all threads, alike; absent where the host cannot tell (browsers, other processes). */
   readonly cpuSamples?: readonly number[];
   readonly cpu?: Summary;
+  /** Seconds per run by the device's own clock, where it has one. */
+  readonly device?: Summary;
   /** Runs averaged into one sample. */
   readonly runs: number;
 }
@@ -98,16 +112,14 @@ export async function measure(
   contenders: readonly Contender[],
   { repetitions = 7, minimumSeconds = 0.2, pauseSeconds = 0.02, clock = hostClock }: MeasureOptions = {},
 ): Promise<readonly Timing[]> {
-  const entries: { contender: Contender; runs: number; wall: number[]; cpu: number[] }[] = [];
+  const entries: { contender: Contender; runs: number; wall: number[]; cpu: number[]; device: number[] }[] = [];
   for (const contender of contenders) {
     // Engines compile better what has run for a while; packing and growing memory happen here too.
     const warm = clock.now() + minimumSeconds;
     do await contender.run();
     while (clock.now() < warm);
-    const start = clock.now();
-    await contender.run();
-    const once = Math.max(clock.now() - start, 1e-7);
-    entries.push({ contender, runs: Math.max(1, Math.round(minimumSeconds / once)), wall: [], cpu: [] });
+    const runs = await runsPerSample(contender, minimumSeconds, clock);
+    entries.push({ contender, runs, wall: [], cpu: [], device: [] });
   }
   for (let repetition = 0; repetition < repetitions; repetition++) {
     for (let turn = 0; turn < entries.length; turn++) {
@@ -116,20 +128,41 @@ export async function measure(
       if (pauseSeconds > 0) await sleep(pauseSeconds);
       const cpu = clock.cpu();
       const start = clock.now();
-      for (let run = 0; run < entry.runs; run++) await entry.contender.run();
+      const deviceTime = await perform(entry.contender, entry.runs);
       entry.wall.push((clock.now() - start) / entry.runs);
       const cpuEnd = clock.cpu();
       if (cpu !== undefined && cpuEnd !== undefined && !entry.contender.outside)
         entry.cpu.push((cpuEnd - cpu) / entry.runs);
+      if (deviceTime) entry.device.push((await deviceTime()) / entry.runs);
     }
   }
-  return entries.map(({ contender, runs, wall, cpu }) => ({
+  return entries.map(({ contender, runs, wall, cpu, device }) => ({
     name: contender.name,
     samples: wall,
     wall: summarise(wall),
     ...(cpu.length > 0 && { cpuSamples: cpu, cpu: summarise(cpu) }),
+    ...(device.length > 0 && { device: summarise(device) }),
     runs,
   }));
+}
+
+async function perform(contender: Contender, runs: number): Promise<DeviceTime | undefined> {
+  if (contender.many) return contender.many(runs);
+  for (let run = 0; run < runs; run++) await contender.run();
+  return undefined;
+}
+
+/** How many runs last about `seconds`. One run of a queue is mostly waiting: what it costs shows only in a row of them. */
+async function runsPerSample(contender: Contender, seconds: number, clock: Clock): Promise<number> {
+  let runs = 1;
+  for (;;) {
+    const start = clock.now();
+    await perform(contender, runs);
+    const each = Math.max(clock.now() - start, 1e-7) / runs;
+    const wanted = Math.max(1, Math.round(seconds / each));
+    if (!contender.many || wanted <= 2 * runs) return wanted;
+    runs = Math.min(wanted, 8 * runs);
+  }
 }
 
 /** How many times faster `ours` is than `peer`: above 1 we win. Paired by repetition, so slow drifts cancel. */
@@ -166,6 +199,18 @@ export function relativeError(found: ArrayLike<number>, expected: ArrayLike<numb
   return worst === 0 ? 0 : worst / scale;
 }
 
+type Output = ArrayLike<number> | readonly ArrayLike<number>[];
+
+const parts = (output: Output): readonly ArrayLike<number>[] =>
+  Array.isArray(output) && typeof output[0] === "object" ? output : [output as ArrayLike<number>];
+
+/** The worst relative error among the parts, each against its own largest value. */
+function worstError(found: Output, expected: Output): number {
+  const [left, right] = [parts(found), parts(expected)];
+  if (left.length !== right.length) return Number.POSITIVE_INFINITY;
+  return Math.max(0, ...left.map((part, i) => relativeError(part, right[i] ?? [])));
+}
+
 /** Waits until `x` is computed by reading one element of it (all of it would time the copy). */
 export async function synchronise(x: Tensor): Promise<void> {
   if (x.size === 0) return;
@@ -188,12 +233,54 @@ export function contender(name: string, workload: Workload): Contender {
       y.dispose();
     },
     async output() {
-      const y = workload.run();
-      const data = await y.data();
-      y.dispose();
+      const ys = workload.outputs?.() ?? [workload.run()];
+      const data = [];
+      for (const y of ys) {
+        data.push(await y.data());
+        y.dispose();
+      }
       return data;
     },
     dispose: () => workload.dispose(),
+  };
+}
+
+/** The queue of a device on which work goes on after a run has returned. */
+export interface Queue {
+  /** Sends what was enqueued so far. */
+  flush(): void;
+  /** Starts the device's own clock behind everything that was sent; missing where it has none. */
+  stopwatch?(): Stopwatch;
+}
+export interface Stopwatch {
+  /** Notes the time behind everything that was sent until now. */
+  stop(): void;
+  readonly seconds: DeviceTime;
+}
+
+/** Runs between two flushes: few enough to keep the device busy from the start, enough to spare it small submissions. */
+const runsPerFlush = 8;
+
+/** A workload on an engine with a queue, as a contender that sends many runs and waits once. */
+export function queued(name: string, workload: Workload, queue: Queue): Contender {
+  return {
+    ...contender(name, workload),
+    async many(runs) {
+      const watch = queue.stopwatch?.();
+      let last: Tensor | undefined;
+      for (let run = 0; run < runs; run++) {
+        last?.dispose();
+        last = workload.run();
+        if (run % runsPerFlush === 0) queue.flush();
+      }
+      queue.flush();
+      watch?.stop();
+      if (last) {
+        await synchronise(last);
+        last.dispose();
+      }
+      return watch?.seconds;
+    },
   };
 }
 
@@ -208,6 +295,8 @@ export interface Entry {
   readonly timing?: Timing;
   /** Relative error against the first of ours. */
   readonly error?: number;
+  /** How it went about it, where there was a choice. */
+  readonly note?: string;
   /** Why there is no timing. */
   readonly failed?: string;
 }
@@ -245,7 +334,7 @@ export async function compare(
   const failures = new Map<string, string>();
   const errors = new Map<string, number>();
   const ready: Contender[] = [];
-  let expected: ArrayLike<number> | undefined;
+  let expected: Output | undefined;
   try {
     for (const candidate of [...ours, ...peers]) {
       try {
@@ -254,7 +343,7 @@ export async function compare(
         const found = await one.output?.();
         expected ??= found;
         if (found === undefined || expected === undefined) continue;
-        const error = relativeError(found, expected);
+        const error = worstError(found, expected);
         if (!(error <= tolerance)) throw new RangeError(`its result differs, relative error ${error.toExponential(1)}`);
         errors.set(candidate.name, error);
       } catch (error) {
@@ -271,10 +360,12 @@ export async function compare(
       const timing = timingOf(name);
       const error = errors.get(name);
       const failed = failures.get(name);
+      const note = ready.find((one) => one.name === name)?.note;
       return {
         name,
         ...(timing && { timing }),
         ...(error !== undefined && { error }),
+        ...(note !== undefined && { note }),
         ...(failed !== undefined && { failed }),
       };
     });

@@ -1,8 +1,9 @@
 // The command line: arguments in, exit code out. Errors a user can mend are one line; anything else is a fault of ours and shows its stack.
 import { basename, join } from "node:path";
 import { type Corpus, tableText } from "@switchyard/bench";
-import { CheckpointError, MissingPackageError, ShapeError, UnsupportedError } from "@switchyard/core";
+import { CheckpointError, DeviceError, MissingPackageError, ShapeError, UnsupportedError } from "@switchyard/core";
 import { type ArgsDef, defineCommand, parseArgs, renderUsage } from "citty";
+import { backendNames } from "./backends.ts";
 import { checkArgs } from "./options.ts";
 import { defaultRouters, routerNames } from "./routers.ts";
 import { display, processStreams, type Streams } from "./terminal.ts";
@@ -27,7 +28,11 @@ const trainArgs = {
     description: `Routers, separated by commas, options after colons: topK:k=1,reMoE (default ${defaultRouters.join(",")}; known: ${routerNames.join(", ")})`,
     valueHint: "A,B,C",
   },
-  backend: { type: "string", description: "wasm or cpu, the slow reference (default wasm)", valueHint: "NAME" },
+  backend: {
+    type: "string",
+    description: `${backendNames.join(", ")} (default wasm; cpu is the slow reference; the others need their package)`,
+    valueHint: "NAME",
+  },
   threads: {
     type: "string",
     description: "Threads of the wasm backend (default: what the machine has)",
@@ -88,7 +93,7 @@ export async function main(argv: readonly string[], options: CommandLine = {}): 
   }
 }
 
-const ours = [ShapeError, UnsupportedError, CheckpointError, MissingPackageError];
+const ours = [ShapeError, UnsupportedError, CheckpointError, DeviceError, MissingPackageError];
 
 function errorText(error: unknown): string {
   if (!(error instanceof Error)) return `switchyard: ${String(error)}`;

@@ -40,7 +40,7 @@ describe("refusals name the option, what it takes and what was found", () => {
     [{ seeds: "0" }, "--seeds takes a whole number from 1"],
     [{ seed: "-1" }, "--seed takes a whole number from 0"],
     [{ size: "huge" }, '--size takes tiny, small, base, found "huge"'],
-    [{ backend: "gpu" }, "--backend takes wasm or cpu"],
+    [{ backend: "gpu" }, "--backend takes wasm, webgpu, tfjs, gpujs, cpu"],
     [{ router: " , " }, "--router takes names, separated by commas"],
     [{ name: "a/b" }, "--name takes letters"],
     [{ name: ".." }, "--name takes letters"],

@@ -1,6 +1,7 @@
 // What the user asked for, checked: every wrong value is refused in one line that names the option and what it takes.
 import { UnsupportedError } from "@switchyard/core";
 import * as v from "valibot";
+import { type BackendName, backendNames } from "./backends.ts";
 import { defaultRouters } from "./routers.ts";
 import type { sizes } from "./sizes.ts";
 
@@ -46,7 +47,7 @@ const argsSchema = v.object({
   steps: v.optional(whole(1)),
   size: v.optional(v.picklist(sizeNames, `takes ${sizeNames.join(", ")}`), "small"),
   router: v.optional(list, defaultRouters.join(",")),
-  backend: v.optional(v.picklist(["wasm", "cpu"], "takes wasm or cpu"), "wasm"),
+  backend: v.optional(v.picklist(backendNames, `takes ${backendNames.join(", ")}`), "wasm"),
   threads: v.optional(whole(1, 256)),
   seed: v.optional(whole(0), "1"),
   seeds: v.optional(whole(1, 1000), "1"),
@@ -75,7 +76,7 @@ export interface RunSettings {
   readonly paths?: readonly string[];
   readonly size: (typeof sizeNames)[number];
   readonly routers: readonly string[];
-  readonly backend: "wasm" | "cpu";
+  readonly backend: BackendName;
   readonly seed: number;
   readonly seeds: number;
 }
@@ -102,7 +103,7 @@ export const runFileSchema: v.GenericSchema<RunFile> = v.object({
     paths: v.exactOptional(v.array(v.string())),
     size: v.picklist(sizeNames),
     routers: v.array(v.string()),
-    backend: v.picklist(["wasm", "cpu"]),
+    backend: v.picklist(backendNames),
     seed: v.number(),
     seeds: v.number(),
   }),

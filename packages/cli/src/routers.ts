@@ -1,7 +1,7 @@
 // Routers by name: "topK", "topK:k=1", "topK:k=4:order=topk-softmax". The factories are those of @switchyard/routers.
 import { UnsupportedError } from "@switchyard/core";
 import type { RouterPlugin } from "@switchyard/core/moe";
-import { expertChoice, reMoE, switchRouter, topK } from "@switchyard/routers";
+import { attentionAware, expertChoice, reMoE, similarityAware, switchRouter, topK } from "@switchyard/routers";
 
 interface Known {
   /** The factory. It checks its options itself. */
@@ -17,6 +17,8 @@ const known: Readonly<Record<string, Known>> = {
   switchRouter: { make: switchRouter, defaults: {} },
   reMoE: { make: reMoE, defaults: { k: 2 } },
   expertChoice: { make: expertChoice, defaults: {} },
+  similarityAware: { make: similarityAware, defaults: { k: 2 } },
+  attentionAware: { make: attentionAware, defaults: { k: 2 } },
 };
 
 /** Names of all routers, those included that a language model refuses. */

@@ -31,7 +31,7 @@ import {
   writableFolder,
   writeWhole,
 } from "@switchyard/bench";
-import { type Backend, type Engine, engine, random, UnsupportedError } from "@switchyard/core";
+import { type Engine, random, UnsupportedError } from "@switchyard/core";
 import { adamw, cosineDecay, warmUp } from "@switchyard/core/train";
 import {
   generate,
@@ -45,6 +45,7 @@ import {
   transformer,
   writeSnapshot,
 } from "@switchyard/models";
+import { openBackend } from "./backends.ts";
 import { type RunFile, type RunSettings, runFileSchema, type TrainArgs } from "./options.ts";
 import { expertSizes, type NamedRouter, routersFrom } from "./routers.ts";
 import { type Size, sizes } from "./sizes.ts";
@@ -130,19 +131,6 @@ function plan(
 function defaultName(now: Date): string {
   const two = (x: number): string => String(x).padStart(2, "0");
   return `${now.getFullYear()}-${two(now.getMonth() + 1)}-${two(now.getDate())}-${two(now.getHours())}${two(now.getMinutes())}`;
-}
-
-async function openBackend(name: "wasm" | "cpu", threads: number | undefined): Promise<Engine & { close(): void }> {
-  const open = <H>(backend: Backend<H>): Engine & { close(): void } =>
-    Object.assign(engine(backend), { close: () => backend.dispose?.() });
-  if (name === "wasm") {
-    const { wasm } = await import("@switchyard/kernels/wasm");
-    return open(await wasm(threads === undefined ? {} : { threads }));
-  }
-  if (threads !== undefined && threads > 1)
-    throw new UnsupportedError("--threads: the cpu backend runs on one thread; use --backend wasm");
-  const { cpu } = await import("@switchyard/core/cpu");
-  return open(cpu());
 }
 
 function trainingOf(size: Size): TrainingSettings {

@@ -5,7 +5,7 @@ import { consume, type Decorator, decorator, type Wrapped } from "./decorator.ts
 import type { Engine } from "./engine.ts";
 import { alias } from "./engine.ts";
 import { ShapeError, UnsupportedError } from "./errors.ts";
-import { at, type Op } from "./op.ts";
+import { at, type Op, run1 } from "./op.ts";
 import { add, mul, stopGradient } from "./ops/elementwise.ts";
 import { sum } from "./ops/reduce.ts";
 import { full } from "./ops/shape.ts";
@@ -278,6 +278,20 @@ export function customGrad(
   let top = at(inputs, 0).engine;
   for (const x of inputs) if (x.engine.level > top.level) top = x.engine;
   return at(top.run(op, inputs, {}), 0);
+}
+
+/**
+ * `f` of the inputs, whose intermediate tensors are not kept for the gradient: `f` runs once more on the way back (1604.06174). It must
+ * depend on tensors that are trained through its inputs only; gradients flow into all of them that are f32.
+ */
+export function recomputed(inputs: readonly Tensor[], f: (...inputs: Tensor[]) => Tensor): Tensor {
+  const op: Op = {
+    name: "recomputed",
+    shapes: () => [],
+    fallback: (xs) => [f(...xs)],
+    vjp: (dys, xs) => vjpOfFallback(op, dys, xs, {}),
+  };
+  return run1(op, inputs, {});
 }
 
 /** The value of `value` with the gradient of `surrogate` (VQ, rounding, hard choices). Both have one shape. */

@@ -1,6 +1,6 @@
 // The public surface of @switchyard/core.
 
-export { autodiff, customGrad, grad, lower, straightThrough, valueAndGrad, watch } from "./autodiff.ts";
+export { autodiff, customGrad, grad, lower, recomputed, straightThrough, valueAndGrad, watch } from "./autodiff.ts";
 export type { Backend, DType, Kernel, Operand, PrimitiveName, Spec, TypedArray } from "./backend.ts";
 export { counted, type OpCount } from "./counted.ts";
 export { alias, type Engine, engine } from "./engine.ts";

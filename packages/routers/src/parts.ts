@@ -1,8 +1,9 @@
 // What several routers share: initial weights, checks of options, the usual losses, and the record a router's README
 // row is made of.
 // Private: only the type of the card leaves the package.
-import { isTensor, ShapeError, type Tensor, type Tree } from "@switchyard/core";
+import { div, isTensor, maximum, mul, ShapeError, sum, type Tensor, type Tree } from "@switchyard/core";
 import {
+  idCounts,
   type Loss,
   type Need,
   type Plan,
@@ -42,6 +43,23 @@ export function normalWeight({ engine, experts, width, random }: RouterContext, 
   return engine.tensor(
     draws.map((z) => z * deviation),
     [experts, width],
+  );
+}
+
+/** A parameter of any shape, N(0, deviation²), drawn under its name. */
+export function normalTensor(
+  { engine, random }: Pick<RouterContext, "engine" | "random">,
+  name: string,
+  shape: readonly number[],
+  deviation: number,
+): Tensor {
+  const draws = random.at(name).host(
+    "normal",
+    shape.reduce((n, d) => n * d, 1),
+  );
+  return engine.tensor(
+    draws.map((z) => z * deviation),
+    shape,
   );
 }
 
@@ -88,10 +106,25 @@ export function checkNotNegative(router: string, options: Readonly<Record<string
   }
 }
 
+/** Throws ShapeError unless the option is one of the words. */
+export function checkWord(router: string, option: string, value: string, words: readonly string[]): void {
+  if (!words.includes(value)) {
+    throw new ShapeError(
+      `${router}: ${option} = "${value}"; expected ${words.map((word) => `"${word}"`).join(" or ")}`,
+    );
+  }
+}
+
 /** The mask of the tokens as options take it: `{ mask }`, or nothing when all are real. */
 export function maskOf(input: RouterInput): { readonly mask?: Tensor } {
   const mask = tokenMask(input.layout);
   return mask ? { mask } : {};
+}
+
+/** How often each of the ids 0..count-1 occurs in `ids [tokens, k]`, per real token: f32 `[count]`, without gradient. */
+export function loadPerToken(ids: Tensor, count: number, mask?: Tensor): Tensor {
+  const counts = idCounts(ids, count, mask);
+  return mask ? div(counts, maximum(sum(mask), 1)) : mul(counts, 1 / Math.max(ids.shape[0] ?? 0, 1));
 }
 
 export interface UsualLosses {

@@ -5,7 +5,9 @@ import type { RouterCard } from "../src/parts.ts";
 
 const here = (path: string): URL => new URL(path, import.meta.url);
 const files = readdirSync(here("../src"))
-  .filter((name) => name.endsWith(".ts") && !name.endsWith(".test.ts") && name !== "index.ts" && name !== "parts.ts")
+  .filter(
+    (name) => name.endsWith(".ts") && !name.endsWith(".test.ts") && name !== "index.ts" && !name.endsWith("parts.ts"),
+  )
   .map((name) => name.slice(0, -3));
 const manifest: { exports: Record<string, unknown> } = JSON.parse(readFileSync(here("../package.json"), "utf8"));
 

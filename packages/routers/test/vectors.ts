@@ -10,7 +10,8 @@ export type Values = number | readonly Values[];
 
 export interface VectorCase {
   readonly id: string;
-  readonly config: Readonly<Record<string, number>>;
+  /** Truth values are 0 and 1. */
+  readonly config: Readonly<Record<string, number | string>>;
   readonly inputs: Readonly<Record<string, Values>>;
   readonly expected: Readonly<Record<string, Values>>;
 }
@@ -28,12 +29,13 @@ export const flat = (values: Values): number[] => (typeof values === "number" ? 
 export const shapeOf = (values: Values): number[] =>
   typeof values === "number" ? [] : [values.length, ...(values[0] === undefined ? [] : shapeOf(values[0]))];
 
-export function given(of: Readonly<Record<string, Values>> | Readonly<Record<string, number>>, name: string): Values {
+export function given<V>(of: Readonly<Record<string, V>>, name: string): V {
   const value = of[name];
   if (value === undefined) throw new Error(`the case has no "${name}"; it has ${Object.keys(of).join(", ")}`);
   return value;
 }
-export const number = (one: VectorCase, name: string): number => flat(given(one.config, name))[0] ?? Number.NaN;
+export const number = (one: VectorCase, name: string): number => Number(given(one.config, name));
+export const word = (one: VectorCase, name: string): string => String(given(one.config, name));
 export const tensor = (on: Engine, values: Values): Tensor =>
   on.tensor(Float64Array.from(flat(values)), shapeOf(values));
 
@@ -121,7 +123,7 @@ export function differences(expected: Values, found: Values | undefined, toleran
   const values = flat(found);
   return flat(expected).flatMap((value, i) => {
     const error = Math.abs((values[i] ?? Number.NaN) - value);
-    return error <= tolerance.abs + tolerance.rel * Math.abs(value)
+    return values[i] === value || error <= tolerance.abs + tolerance.rel * Math.abs(value)
       ? []
       : [`entry ${i}: ${values[i]}, expected ${value}`];
   });
@@ -129,7 +131,71 @@ export function differences(expected: Values, found: Values | undefined, toleran
 
 /** The vectors of a file of the fixtures. */
 export function readVectors(file: string): Vectors {
-  return JSON.parse(readFileSync(new URL(`fixtures/${file}.json`, import.meta.url), "utf8"));
+  return parseVectors(readFileSync(new URL(`fixtures/${file}.json`, import.meta.url), "utf8"), file);
+}
+
+/** A file of the second layout: `kind` tells what a case is about, sizes and inputs stand beside each other. */
+interface KindVectors {
+  readonly paper: string;
+  readonly tolerance: number;
+  readonly cases: readonly ({ readonly kind: string } & Readonly<Record<string, unknown>>)[];
+}
+
+/**
+ * Case kinds of the second layout whose expected values stand beside the inputs instead of under `expected`, and their
+ * names.
+ */
+const expectedBeside: Readonly<Record<string, readonly string[]>> = {
+  "similarity-sanity": ["loss", "switchBalanceLoss", "maxVio", "combinationUsage95"],
+};
+
+/**
+ * The vectors in a file's text, of either layout. Those of the second one become: family = `name`, id = kind and
+ * position, config = what is one number, truth value or word (`kind` among them), inputs = what is a list. What is null
+ * is left out. A record inside a case gives names with points: what stands in `layers[0].h` is called "layers.0.h", what
+ * stands in `expected.gates.sigmoid` or `gates.expected.sigmoid` is expected as "gates.sigmoid".
+ */
+export function parseVectors(text: string, name: string): Vectors {
+  const infinite: Readonly<Record<string, number>> = {
+    "-Infinity": Number.NEGATIVE_INFINITY,
+    "-inf": Number.NEGATIVE_INFINITY,
+    Infinity: Number.POSITIVE_INFINITY,
+    inf: Number.POSITIVE_INFINITY,
+    NaN: Number.NaN,
+  };
+  const file: Vectors | KindVectors = JSON.parse(text, (_, value) =>
+    typeof value === "string" ? (infinite[value] ?? value) : value,
+  );
+  if (!("paper" in file)) return file;
+  return {
+    family: name,
+    tolerance: { abs: 1e-9, rel: file.tolerance },
+    cases: file.cases.map((one, i) => {
+      const config: Record<string, number | string> = {};
+      const inputs: Record<string, Values> = {};
+      const expected: Record<string, Values> = {};
+      for (const [path, value] of named(one)) {
+        const own = path.at(-1) ?? "";
+        const wanted = path.includes("expected") || (path.length > 1 && expectedBeside[one.kind]?.includes(own));
+        const key = path.filter((part) => part !== "expected").join(".");
+        if (typeof value === "string") config[key] = value;
+        else if (wanted) expected[key] = value;
+        else if (typeof value === "number") config[key] = value;
+        else inputs[key] = value;
+      }
+      return { id: `${one.kind} ${i}`, config, inputs, expected };
+    }),
+  };
+}
+
+/** The words, numbers and lists of numbers in a record, with the way to each; truth values are numbers, null is nothing. */
+function named(value: unknown, path: readonly string[] = []): [readonly string[], Values | string][] {
+  if (value === null || value === undefined) return [];
+  if (typeof value === "boolean") return [[path, Number(value)]];
+  if (typeof value === "number" || typeof value === "string") return [[path, value]];
+  const records = Array.isArray(value) && value.some((x) => typeof x === "object" && x !== null && !Array.isArray(x));
+  if (Array.isArray(value) && !records) return [[path, value as readonly Values[]]];
+  return Object.entries(value).flatMap(([key, x]) => named(x, [...path, key]));
 }
 
 /** Everything of a case that is not met, by name; on the reference backend in float64 unless told otherwise. */

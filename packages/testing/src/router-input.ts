@@ -4,6 +4,7 @@ import type { RouterContext, RouterInput } from "@switchyard/core/moe";
 import { generator, type HostArray, uniform } from "./arrays.ts";
 
 const vocabulary = 13;
+const heads = 2;
 
 /** A context for `plugin.init`: first of two layers, two heads, seed 1, unless told otherwise. */
 export function routerContext(
@@ -15,7 +16,7 @@ export function routerContext(
     engine,
     width: 6,
     experts: 5,
-    heads: 2,
+    heads,
     layer: 0,
     layers: 2,
     random: random(engine, seed).at("init"),
@@ -49,8 +50,8 @@ export interface RouterCall {
 }
 
 /**
- * An input for `router.route`. Token and modality ids, attention (uniform over what a token sees) and the outputs of
- * every expert are made up; they are the same for a token whether it comes alone or in its sequence. Call it inside a
+ * An input for `router.route`. Token and modality ids, attention (causal, two heads) and the outputs of every
+ * expert are made up; they are the same for a token whether it comes alone or in its sequence. Call it inside a
  * scope, which frees its tensors.
  *
  * @example engine.scope(() => router.route(router.params, routerInput(engine, { hidden })))
@@ -83,18 +84,28 @@ export function routerInput(engine: Engine, call: RouterCall): RouterInput {
     buffers,
     tokenIds: ids("token", vocabulary),
     modalityIds: ids("modality", 2),
-    attention: () => engine.tensor(evenAttention(batch, sequence, total), [batch, 2, sequence, total]),
+    attention: () => engine.tensor(attentionRows(batch, sequence, total, call.mask), [batch, heads, sequence, total]),
     everyExpert: () => upload(uniform(generator("every expert"), [rows, experts, width])),
     ...(call.cache === undefined ? {} : { cache: call.cache }),
   };
 }
 
-/** Two heads of causal attention that look at everything before alike. */
-function evenAttention(batch: number, sequence: number, total: number): Float64Array {
-  const data = new Float64Array(batch * 2 * sequence * total);
-  for (let i = 0; i < data.length; i++) {
-    const position = total - sequence + (Math.floor(i / total) % sequence);
-    if (i % total <= position) data[i] = 1 / (position + 1);
+/**
+ * Causal attention of two heads with rows of their own, padding left out. An entry depends on nothing but its place,
+ * and an earlier one never on a later one.
+ */
+function attentionRows(batch: number, sequence: number, total: number, mask?: readonly number[]): Float64Array {
+  const data = new Float64Array(batch * heads * sequence * total);
+  for (let row = 0; row < data.length / Math.max(total, 1); row++) {
+    const b = Math.floor(row / (heads * sequence));
+    const head = Math.floor(row / sequence) % heads;
+    const position = total - sequence + (row % sequence);
+    const draw = generator(`attention ${b} ${head} ${position}`);
+    // The higher the power, the more a head looks at few tokens.
+    const scores = Array.from({ length: position + 1 }, () => draw() ** (1 + 3 * head));
+    const seen = scores.map((score, j) => score * (mask?.[b * total + j] ?? 1));
+    const sum = seen.reduce((a, x) => a + x, 0);
+    for (const [j, score] of seen.entries()) data[row * total + j] = sum === 0 ? 0 : score / sum;
   }
   return data;
 }

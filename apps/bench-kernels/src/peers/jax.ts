@@ -1,7 +1,7 @@
 // @jax-js/jax on its WebAssembly device. It has no ragged product: rows are sorted on the host, each expert is one compiled function.
 // Weights stay [out, in] and are transposed lazily: it multiplies that layout faster than [in, out].
-import { type Contender, layerData, productData } from "@switchyard/bench/kernels";
-import { hostDispatch, type PeerSource } from "./peer.ts";
+import { type Contender, hostDispatch, layerData, productData } from "@switchyard/bench/kernels";
+import type { PeerSource } from "./peer.ts";
 
 /** Arrays are counted: every use but the last takes `.ref`. */
 interface JaxArray {

@@ -1,8 +1,8 @@
 // onnxruntime-node (native) and onnxruntime-web (WebAssembly): MatMul, and its own fused `MoE` operator. Weights are constants of
 // the model, so the runtime may pack them once at load, as ours does.
-import { type Contender, layerData, productData } from "@switchyard/bench/kernels";
+import { type Contender, layerData, productData, transposed } from "@switchyard/bench/kernels";
 import { onnxModel } from "../onnx.ts";
-import { type PeerSource, transposed } from "./peer.ts";
+import type { PeerSource } from "./peer.ts";
 
 interface OrtTensor {
   readonly data: Float32Array;

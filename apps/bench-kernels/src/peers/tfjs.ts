@@ -3,13 +3,15 @@
 import {
   adamwOptions,
   type Contender,
+  hostDispatch,
   type LanguageModelCase,
   languageModelData,
   layerData,
   normEps,
   productData,
+  transposed,
 } from "@switchyard/bench/kernels";
-import { hostDispatch, type PeerSource, transposed } from "./peer.ts";
+import type { PeerSource } from "./peer.ts";
 
 type Shape = readonly number[];
 interface TfTensor {

@@ -165,6 +165,13 @@ const cases: Record<string, Case> = {
         (dy, [v]) => [v && ops.mul(dy, ops.mul(ops.mul(v, v), 3))],
       ),
   },
+  recomputed: {
+    shapes: [
+      [3, 4],
+      [5, 4],
+    ],
+    f: (x, w) => ops.recomputed([x, w], (a, b) => ops.softmax(ops.mul(ops.linear(a, b), 2))),
+  },
 };
 function topkParts(x: Tensor, order: "softmax-topk-renormalise" | "softmax-topk" | "topk-softmax"): readonly Tensor[] {
   const { weights, probabilities } = ops.softmaxTopk(x, { k: 2, order });

@@ -6,7 +6,7 @@ import { delimiter, join } from "node:path";
 export const flags: readonly string[] = [
   "--headless",
   "--no-sandbox",
-  "--disable-gpu",
+  "--enable-unsafe-webgpu",
   "--disable-quic",
   "--no-first-run",
   "--disable-background-networking",

@@ -9,6 +9,7 @@ import {
   readdirSync,
   readFileSync,
   statSync,
+  symlinkSync,
   writeFileSync,
 } from "node:fs";
 import { tmpdir } from "node:os";
@@ -17,6 +18,11 @@ import { join, posix } from "node:path";
 const root = join(import.meta.dirname, "..", "..", "..", "..");
 const pages = join(import.meta.dirname, "pages");
 const packages = ["core", "routers", "kernels", "models", "testing"];
+/** The libraries under the adapters, which a user installs. */
+const peers = [
+  ...["core", "layers", "backend-cpu", "backend-webgl", "backend-webgpu"].map((name) => `@tensorflow/tfjs-${name}`),
+  "gpu.js",
+];
 
 /** One subpath of a package. */
 export interface Module {
@@ -46,7 +52,7 @@ export function makeProject(): Project {
     const turbo = join(root, "node_modules", "turbo", "bin", "turbo");
     const args = [turbo, "run", "build", ...filters, "--output-logs=errors-only", "--ui=stream"];
     const env = { ...process.env, TURBO_TELEMETRY_DISABLED: "1", TURBO_NO_UPDATE_NOTIFIER: "1" };
-    execFileSync(process.execPath, args, { cwd: root, env, stdio: ["ignore", "ignore", "inherit"] });
+    execFileSync(process.execPath, args, { cwd: root, env, stdio: ["ignore", 2, 2] });
   }
   const folder = mkdtempSync(join(tmpdir(), "switchyard-browser-"));
   cpSync(pages, folder, { recursive: true });
@@ -56,6 +62,7 @@ export function makeProject(): Project {
     ...packages.flatMap((name) => installed(join(root, "packages", name), folder, ["dist"])),
     ...installed(join(root, "node_modules", "@huggingface", "tokenizers"), folder, ["dist"]),
   ].filter(({ specifier }) => forPages(specifier));
+  for (const name of peers) linked(join(root, "node_modules", ...name.split("/")), name, folder);
   const imports = modules.map(({ specifier }, i) => `import * as m${i} from "${specifier}";\n`);
   const list = modules.map(({ specifier }, i) => `  "${specifier}": m${i},\n`);
   writeFileSync(join(folder, "everything.js"), `${imports.join("")}export const modules = {\n${list.join("")}};\n`);
@@ -92,6 +99,13 @@ function installed(home: string, folder: string, files: readonly string[]): Modu
     specifier: manifest.name + subpath.slice(1),
     path: posix.join(manifest.name, file),
   }));
+}
+
+/** Links a library, which finds its own dependencies from where it lies. No copy: these are a hundred megabytes. */
+function linked(home: string, name: string, folder: string): void {
+  const target = join(folder, "node_modules", ...name.split("/"));
+  mkdirSync(join(target, ".."), { recursive: true });
+  symlinkSync(home, target, "junction");
 }
 
 /** Whether every exported file is there, and none of the sources is newer. */

@@ -1,7 +1,11 @@
 // All families of vectors, by the name that stands in their files.
 import type { Family } from "../vectors.ts";
 import { firstFamilies } from "./first.ts";
+import { foundingFamilies } from "./founding.ts";
+import { graphFamilies } from "./graph.ts";
 
 export const families: Readonly<Record<string, Family>> = {
   ...firstFamilies,
+  ...foundingFamilies,
+  ...graphFamilies,
 };

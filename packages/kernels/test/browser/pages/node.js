@@ -1,5 +1,6 @@
-// The same job in Node, as one line of JSON: node node.js THREADS STEPS
-import { job } from "./job.js";
+// The same job in Node, as one line of JSON: node node.js BACKEND OPTIONS
+import { makers } from "./backends.js";
+import { makeJob } from "./job.js";
 
-const [threads, steps] = process.argv.slice(2).map(Number);
-console.log(JSON.stringify(await job.train(threads, steps)));
+const [name, options] = process.argv.slice(2);
+console.log(JSON.stringify(await makeJob(makers).train(name, JSON.parse(options))));

@@ -1,6 +1,7 @@
 // The page: what the tests call by name through the browser's debugging port.
 import { runInWorker } from "@switchyard/kernels/wasm";
-import { job } from "./job.js";
+import { makers } from "./backends.js";
+import { makeJob } from "./job.js";
 
 /** Calls a function of the job in a worker of its own; also says what it called back with. */
 async function inWorker(name, ...args) {
@@ -14,10 +15,18 @@ async function inWorker(name, ...args) {
   }
 }
 
+let jobWithPeers;
+/** Calls a function of the job, with the backends that stand on other libraries, on the main thread. */
+async function withPeers(name, ...args) {
+  const { makers: more, fit } = await import("./peers.js");
+  jobWithPeers ??= { ...makeJob({ ...makers, ...more }), fit };
+  return jobWithPeers[name](...args);
+}
+
 /** Loads every subpath of every package; answers the number of exports of each. */
 async function everything() {
   const { modules } = await import("./everything.js");
   return Object.fromEntries(Object.entries(modules).map(([name, module]) => [name, Object.keys(module).length]));
 }
 
-globalThis.switchyard = { onMainThread: job, inWorker, everything };
+globalThis.switchyard = { onMainThread: makeJob(makers), inWorker, withPeers, everything };

@@ -1,5 +1,6 @@
 // The dedicated worker of a page.
 import { exposeInWorker } from "@switchyard/kernels/wasm";
-import { job } from "./job.js";
+import { makers } from "./backends.js";
+import { makeJob } from "./job.js";
 
-exposeInWorker(job);
+exposeInWorker(makeJob(makers));

@@ -1,6 +1,6 @@
-// The helpers that every peer's layer relies on.
+// The helpers that the layers of other libraries rely on.
 import { expect, it } from "vitest";
-import { hostDispatch, transposed } from "./peer.ts";
+import { hostDispatch, transposed } from "./host-dispatch.ts";
 
 it("hostDispatch sorts slots by expert, in order within each", () => {
   // tokens 0, 1, 2 choose experts (2, 0), (0, 2), (2, 3); expert 1 gets none
