@@ -15,7 +15,7 @@ interface Batch {
   readonly sequences: number;
 }
 
-/** Sequences of two of eight topics: a token is a topic's centre and noise, its target the topic's matrix times the token. */
+/** Sequences of two of eight topics: a token is a topic's centre and noise, its target the topic's matrix times it. */
 function topics(on: Engine, seed: number): (key: number | string, sequences: number, corruption?: number) => Batch {
   const draw = random(on, seed);
   const centres = draw.at("centres").host("normal", experts * width);

@@ -282,7 +282,7 @@ describe("refusals are one line on standard error, with exit code 1, and leave n
     await refused([...text, ...basic, "--threads", "0"], "--threads takes a whole number from 1");
     await refused(
       [...text, "--out", path("runs"), "--backend", "cpu", "--threads", "2", "--name", "refused"],
-      "the cpu backend runs on one thread",
+      "the cpu backend has no threads to set",
     );
     await refused([...text, ...basic, "--layers", "3"], "unknown option --layers; the options are --time, ");
     // So many seeds that no machine is fast enough.

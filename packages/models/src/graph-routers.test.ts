@@ -1,5 +1,5 @@
-// Routers whose choice for a token depends on earlier tokens, in a language model: they learn, never see the future, and
-// route a text written token by token as they route it whole.
+// Routers whose choice for a token depends on earlier tokens, in a language model: they learn, never see the future,
+// and route a text written token by token as they route it whole.
 import { type Engine, leaves, mul, random, sum, type Tensor, type Tree, valueAndGrad } from "@switchyard/core";
 import type { Routed, RouterPlugin } from "@switchyard/core/moe";
 import { adamw, trainer } from "@switchyard/core/train";

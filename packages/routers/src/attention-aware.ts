@@ -36,8 +36,9 @@ export interface AttentionAwareOptions extends GraphOptions {
   /** How the heads become one; default "mean". */
   readonly headAggregation?: "mean" | "min-entropy" | "learned";
   /**
-   * Which tokens' entropies decide with "min-entropy": those up to the token itself ("past"), which is causal and may change
-   * the head along the sequence, or all of the sequence ("sequence"): one head for all of it, not causal. Default "past".
+   * Which tokens' entropies decide with "min-entropy": those up to the token itself ("past"), which is causal and may
+   * change the head along the sequence, or all of the sequence ("sequence"): one head for all of it, not causal.
+   * Default "past".
    */
   readonly entropyOver?: "past" | "sequence";
   /** Lets no gradient into the attention; default false. */
@@ -45,10 +46,11 @@ export interface AttentionAwareOptions extends GraphOptions {
 }
 
 /**
- * Top-k on a mixture of the tokens' distributions, weighted by the attention of the block before. Params: `weight [experts,
- * width]`, with `bias` also `bias [experts]`, with learned heads also `heads [heads]`. Cache, per position: what is mixed
- * (`values`, one number per expert) and, for "min-entropy", the `entropies` of the heads. `probabilities` are the mixed
- * ones, `logits` those before mixing. There are no halves `score` and `select`: neither alone knows the cache.
+ * Top-k on a mixture of the tokens' distributions, weighted by the attention of the block before. Params: `weight
+ * [experts, width]`, with `bias` also `bias [experts]`, with learned heads also `heads [heads]`. Cache, per position:
+ * what is mixed (`values`, one number per expert) and, for "min-entropy", the `entropies` of the heads. `probabilities`
+ * are the mixed ones, `logits` those before mixing. There are no halves `score` and `select`: neither alone knows the
+ * cache.
  *
  * `init` throws ShapeError when k is not in 1..experts; `route` throws UnsupportedError where there is no attention.
  *
@@ -75,8 +77,8 @@ export function attentionAware(options: AttentionAwareOptions): RouterPlugin {
       checkK(name, k, experts);
       if (headAggregation === "learned" && heads === undefined) {
         throw new UnsupportedError(
-          `${name}: headAggregation "learned" has a parameter per head, and the layer does not say how many heads there are; ` +
-            'put "heads" into the context, or use "mean"',
+          `${name}: headAggregation "learned" has a parameter per head, and the layer does not say how many heads ` +
+            'there are; put "heads" into the context, or use "mean"',
         );
       }
       const own =
@@ -87,8 +89,8 @@ export function attentionAware(options: AttentionAwareOptions): RouterPlugin {
         route(params, input) {
           if (!causal && input.layout.past > 0) {
             throw new UnsupportedError(
-              `${name}: asked to route after ${input.layout.past} cached tokens, but their entropies should have been compared ` +
-                'together with those of the new ones; decode without a cache, or use entropyOver: "past"',
+              `${name}: asked to route after ${input.layout.past} cached tokens, but their entropies should have ` +
+                'been compared together with those of the new ones; decode without a cache, or use entropyOver: "past"',
             );
           }
           const { logits, values } = gate(params, input, common);

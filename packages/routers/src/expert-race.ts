@@ -266,7 +266,7 @@ function checkDecoding({ layout: { past, batch, sequence } }: RouterInput, strat
   if (past === 0 || strategy === "token") return;
   throw new UnsupportedError(
     `expertRace: asked to route ${batch * sequence} new tokens after ${past} cached ones by strategy "${strategy}", in which ` +
-      'tokens compete with later ones; decode without a cache, or leave evaluation at "threshold"',
+      'tokens compete with later ones; decode without a cache, or by "threshold"',
   );
 }
 
@@ -329,23 +329,20 @@ export const card: RouterCard = {
   name: "expertRace",
   title: "Expert Race: tokens and experts compete, with five sibling strategies",
   paper: "2503.16057",
-  equations: "sections 3.1 to 3.4: strategies, gating, threshold, per-layer regularisation, router similarity loss",
+  equations: "sections 3.1 to 3.4",
   needs: [],
   causal: "evaluation",
   plans: ["sparse"],
-  params:
-    "weight [experts, width], bias [experts], hidden [width, width], hiddenBias [width]; buffers tau [], known []",
-  cost: "a product width x width and one experts x width; in training a sort of all scores",
+  params: "weight [experts, width], bias [experts], hidden [width, width], hiddenBias [width]; buffers tau, known []",
+  cost: "products width x width and experts x width; in training a sort of all scores",
   claim:
-    "image diffusion on ImageNet-256 reaches the loss of a dense DiT-XL in 7.2 times fewer steps at equal compute per token",
+    "ImageNet-256 diffusion reaches the loss of a dense DiT-XL in 7.2 times fewer steps at equal compute per token",
   ourChoices: [
-    'training: "threshold" chooses by the moving threshold in training too, so that language models can be trained',
-    "before a threshold is known every token takes its k best; the first step then sets it",
-    "momentum 0.99; public reimplementations take 0.95 or 0.99",
-    "strategies other than the race have a threshold too: per expert where experts choose, else one",
-    "weights of the similarity (1e-4) and per-layer (1e-2) losses are not in the text that could be read",
-    "the similarity loss is divided by the tokens, so that it is 1 for uniform scores; the per-layer loss is a mean over layers",
-    "groups count real tokens only; places that are no whole number are refused without padding, rounded down with it",
-    "initial weights N(0, 1/width), so that identity gates start at the scale of 1",
+    'training: "threshold" trains by the moving threshold, which language models need',
+    "before a threshold is known every token takes its k best; the first step sets it; momentum 0.99",
+    "the other strategies have thresholds too, one per expert where experts choose",
+    "weights of the similarity (1e-4) and per-layer (1e-2) losses; one is divided by the tokens, one by the layers",
+    "padding takes no place; places left uneven by it are rounded down",
+    "initial weights N(0, 1/width)",
   ],
 };

@@ -1,5 +1,6 @@
-// What similarityAware and attentionAware share (Graph of Tokens, 2505.00792): a token's distribution over the experts is
-// a mixture of those of the tokens it looks at. Here is the part after the mixture, and what stays for later tokens.
+// What similarityAware and attentionAware share (Graph of Tokens, 2505.00792): a token's distribution over the experts
+// is a mixture of those of the tokens it looks at. Here are options, the part after the mixture, and what stays for
+// later tokens.
 import {
   add,
   concat,

@@ -450,7 +450,7 @@ describe("with a limit no tensor is as large as sequence x sequence, gradients i
   });
 });
 
-// Tokens of 64 sequences of 16, each a mixture of two of eight topics; how many tokens get other experts when noise is added.
+// Tokens of 64 sequences of 16, each of two of eight topics; how many tokens get other experts when noise is added.
 describe("input noise moves fewer tokens to other experts than under topK", () => {
   const [width, experts, sequences, length] = [12, 8, 64, 16];
   const rates = async (seed: number): Promise<Record<"topK" | "probabilities" | "logits", number>> => {

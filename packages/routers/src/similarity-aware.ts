@@ -49,15 +49,15 @@ export interface SimilarityAwareOptions extends GraphOptions {
 }
 
 /**
- * Top-k on a mixture of the tokens' distributions, weighted by similarity. Params: `weight [experts, width]`, with `bias`
- * also `bias [experts]`, and `similarity [width, width]` or `[rank, width]` where it is learned. Cache, per position: what
- * S compares (`keys`, width or rank numbers) and what it mixes (`values`, one per expert); a window reads only its part of
- * it. `probabilities` are the mixed ones, `logits` those before mixing. There are no halves `score` and `select`: neither
- * alone knows the cache.
+ * Top-k on a mixture of the tokens' distributions, weighted by similarity. Params: `weight [experts, width]`, with
+ * `bias` also `bias [experts]`, and `similarity [width, width]` or `[rank, width]` where it is learned. Cache, per
+ * position: what S compares (`keys`, width or rank numbers) and what it mixes (`values`, one per expert); a window
+ * reads only its part of it. `probabilities` are the mixed ones, `logits` those before mixing. There are no halves
+ * `score` and `select`: neither alone knows the cache.
  *
  * With `neighbours` or `window` no tensor has room for a whole sequence times a whole sequence, gradients included.
- * `init` throws ShapeError when k is not in 1..experts; `route` throws UnsupportedError when a router that is not causal is
- * asked to go on after cached tokens.
+ * `init` throws ShapeError when k is not in 1..experts; `route` throws UnsupportedError when a router that is not
+ * causal is asked to go on after cached tokens.
  *
  * @example similarityAware({ k: 2 })
  */
@@ -116,8 +116,8 @@ export function similarityAware(options: SimilarityAwareOptions): RouterPlugin {
           const { layout, training, hidden } = input;
           if (!causal && layout.past > 0) {
             throw new UnsupportedError(
-              `${name}: asked to route after ${layout.past} cached tokens, but with causal: false they should have looked ` +
-                "at the new ones; decode without a cache, or use causal: true",
+              `${name}: asked to route after ${layout.past} cached tokens, but with causal: false they should have ` +
+                "looked at the new ones; decode without a cache, or use causal: true",
             );
           }
           const { logits, values } = gate(params, input, common);
@@ -177,8 +177,8 @@ export interface Look {
 const blockRows = 128;
 
 /**
- * Σ_j S_ij v_j: queries `[batch, sequence, d]` are the last of total positions, keys `[batch, total, d]`, values `[batch,
- * total, n]` -> `[batch, sequence, n]`. A token that sees nothing gets zeros.
+ * Σ_j S_ij v_j: queries `[batch, sequence, d]` are the last of total positions, keys `[batch, total, d]`, values
+ * `[batch, total, n]` -> `[batch, sequence, n]`. A token that sees nothing gets zeros.
  */
 export function mixBySimilarity(
   { queries, keys, values }: { readonly queries: Tensor; readonly keys: Tensor; readonly values: Tensor },
@@ -267,7 +267,7 @@ export const card: RouterCard = {
   claim: "experts are chosen with less entropy and fluctuate less, accuracy and robustness to noise rise",
   ourChoices: [
     "in causal models a token looks at itself and earlier tokens only: otherwise generation would see the future",
-    "temperature width / 2 for the identity (measured on a toy task: much less makes S diagonal), sqrt(width) for a learned W_s",
+    "temperature width / 2 for the identity (on a toy task much less makes S diagonal), sqrt(width) for a learned W_s",
     "whether W_s is learned is not known: identity by default, learned ones start as its equal",
     "mixing of logits, selfWeight, neighbours and window are options beside the paper's form",
     "balance loss on the mixed probabilities, z-loss on the logits before mixing",

@@ -1,5 +1,5 @@
-// How much two routings of the same tokens differ: between two checkpoints of one run (routing fluctuation, as StableMoE
-// 2204.08396 and Graph of Tokens 2505.00792 look at it), or between a clean and a noisy input at one checkpoint.
+// How much two routings of the same tokens differ: between two checkpoints of one run (routing fluctuation, as
+// StableMoE 2204.08396 and Graph of Tokens 2505.00792 look at it), or between a clean and a noisy input at one.
 import { ShapeError } from "../errors.ts";
 import { add, div, less, maximum, mul, neg, square, where } from "../ops/elementwise.ts";
 import { sum } from "../ops/reduce.ts";
@@ -19,8 +19,8 @@ export interface RoutingChange {
 }
 
 /**
- * Compares `before` and `after`, i32 `[tokens, k]` and `[tokens, k']`, best expert first, -1 = empty slot, each expert at
- * most once per token. Ids from `experts` on (null experts) count as no expert. A token that has none in both has not
+ * Compares `before` and `after`, i32 `[tokens, k]` and `[tokens, k']`, best expert first, -1 = empty slot, each expert
+ * at most once per token. Ids from `experts` on (null experts) count as no expert. A token that has none in both has not
  * changed. `mask [tokens]`: 1 = real token. No token: 0. Throws ShapeError for other shapes.
  */
 export function routingChange(

@@ -1,4 +1,4 @@
-// The shared suite on WebGPU: Dawn in Node, on whatever driver there is.
+// The shared suite on WebGPU: Dawn in Node, on whatever driver there is, with the kernels for processors and with those for GPUs.
 import { testBackend } from "@switchyard/testing";
 import { describe } from "vitest";
 import { findGpu } from "../../test/gpu.ts";
@@ -7,8 +7,10 @@ import { requestDevice } from "./request.ts";
 
 const gpu = await findGpu();
 describe.skipIf(gpu === undefined)("WebGPU", () => {
-  testBackend({
-    name: "webgpu",
-    backend: () => webgpu({ device: () => requestDevice(gpu ? { gpu } : {}) }),
-  });
+  for (const software of [true, false]) {
+    testBackend({
+      name: `webgpu, kernels for ${software ? "processors" : "GPUs"}`,
+      backend: () => webgpu({ device: () => requestDevice(gpu ? { gpu } : {}), software }),
+    });
+  }
 });

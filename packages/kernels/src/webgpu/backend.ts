@@ -20,6 +20,11 @@ export interface WebgpuOptions {
    * add those up in f32: for inference on devices with "shader-f16". Default "f32".
    */
   readonly arithmetic?: "f32" | "f16";
+  /**
+   * Whether the driver computes on the processor (SwiftShader, lavapipe), where registers beat workgroup memory: chooses between two
+   * forms of many kernels. Default: what the adapter says of itself.
+   */
+  readonly software?: boolean;
   /** Tile sizes measured by `tune`; they go before the table that comes with this package. */
   readonly tiles?: TileTable;
 }
@@ -52,6 +57,7 @@ export async function webgpu(options: WebgpuOptions = {}): Promise<WebgpuBackend
     idle: options.idle ?? 2 ** 28,
     arithmetic: options.arithmetic ?? "f32",
     ...(options.limits ? { limits: options.limits } : {}),
+    ...(options.software === undefined ? {} : { software: options.software }),
     ...(tiles ? { tiles } : {}),
   });
   return {

@@ -124,6 +124,8 @@ export interface GpuOptions {
   readonly limits?: Partial<Limits>;
   /** Unused buffers kept for reuse, in bytes. */
   readonly idle: number;
+  /** Whether the driver computes on the processor; default: what the adapter says. */
+  readonly software?: boolean;
   /** "f16" needs the feature shader-f16. */
   readonly arithmetic?: "f32" | "f16";
   readonly tiles?: Readonly<Record<string, string>>;
@@ -475,7 +477,7 @@ export function createGpu(device: GPUDevice, options: GpuOptions): OwnedGpu {
     device,
     limits,
     f16: device.features.has("shader-f16"),
-    software: device.adapterInfo?.isFallbackAdapter ?? false,
+    software: options.software ?? device.adapterInfo?.isFallbackAdapter ?? false,
     arithmetic: options.arithmetic ?? "f32",
     tiles: options.tiles,
     alloc: (spec) => allocate(spec, false),

@@ -35,7 +35,7 @@ export async function requestDevice({
   if (!adapter) {
     throw new UnsupportedError(
       "webgpu: no adapter was found. In Node a Vulkan, Metal or D3D12 driver is needed (on Linux: libvulkan1 and the driver of " +
-        "the GPU; for a software driver set VK_ICD_FILENAMES to its .json file); in a browser WebGPU must be switched on and the " +
+        "the GPU; for a software driver set VK_ADD_DRIVER_FILES to its .json file); in a browser WebGPU must be switched on and the " +
         "page be served from https or localhost. The wasm backend runs everywhere",
     );
   }

@@ -34,7 +34,7 @@ const subjects: readonly Subject[] = [
     name: "tfjs webgl",
     needs: "webgl2",
     description: /^webgl$/,
-    part: { every: 5, reason: "on WebGL every shape is a program to compile, minutes for all of them" },
+    part: { every: 7, reason: "on WebGL every shape is a program to compile, minutes for all of them" },
   },
   { name: "tfjs webgpu", needs: "webgpu", description: /^webgpu$/ },
   { name: "gpu.js webgl2", needs: "webgl2", description: /^webgl2$/ },
@@ -47,7 +47,7 @@ const chatter = /WebGPU is experimental on this platform|GPU stall due to ReadPi
 const complaints = new RegExp(`${chatter.source}|CONTEXT_LOST|[Dd]evice (is|was) (lost|destroyed)|[Ll]ost`);
 const patience = 300_000;
 /** Steps where software drivers are slow. */
-const FEW = 6;
+const FEW = 4;
 
 interface Lost {
   readonly error?: { readonly device: boolean; readonly message: string };
