@@ -22,6 +22,7 @@ describe("routerFrom", () => {
     ["topK:q=3", 'topK has no option "q"; its options are k, '],
     ["topK:balance=much", "balance"],
     ["expertChoice", "chooses by looking at later tokens"],
+    ["expertRace:training=compete", "chooses by looking at later tokens"],
   ])("%s is refused", (specification, message) => {
     expect(() => routerFrom(specification)).toThrow(message);
   });

@@ -1,7 +1,29 @@
 // Routers by name: "topK", "topK:k=1", "topK:k=4:order=topk-softmax". The factories are those of @switchyard/routers.
 import { UnsupportedError } from "@switchyard/core";
 import type { RouterPlugin } from "@switchyard/core/moe";
-import { attentionAware, expertChoice, reMoE, similarityAware, switchRouter, topK } from "@switchyard/routers";
+import {
+  adaMoE,
+  attentionAware,
+  deepSeekV2,
+  deepSeekV3,
+  dynMoLE,
+  expertChoice,
+  expertRace,
+  expressiveGates,
+  grin,
+  gshard,
+  hash,
+  noisyTopK,
+  nullExperts,
+  reMoE,
+  similarityAware,
+  sinkhorn,
+  softMoE,
+  switchRouter,
+  topK,
+  topP,
+  xMoE,
+} from "@switchyard/routers";
 
 interface Known {
   /** The factory. It checks its options itself. */
@@ -17,8 +39,26 @@ const known: Readonly<Record<string, Known>> = {
   switchRouter: { make: switchRouter, defaults: {} },
   reMoE: { make: reMoE, defaults: { k: 2 } },
   expertChoice: { make: expertChoice, defaults: {} },
+  topP: { make: topP, defaults: {} },
+  sinkhorn: { make: sinkhorn, defaults: { k: 2 } },
   similarityAware: { make: similarityAware, defaults: { k: 2 } },
   attentionAware: { make: attentionAware, defaults: { k: 2 } },
+  // Tokens of a language model must not compete with later ones.
+  expertRace: { make: expertRace, defaults: { k: 2, training: "threshold" } },
+  // As many token ids as the largest size has.
+  hash: { make: hash, defaults: { vocabulary: 4096 } },
+  noisyTopK: { make: noisyTopK, defaults: { k: 2 } },
+  nullExperts: { make: nullExperts, defaults: { k: 4 } },
+  adaMoE: { make: adaMoE, defaults: { k: 6 } },
+  expressiveGates: { make: expressiveGates, defaults: { k: 2, balance: 0.01 } },
+  xMoE: { make: xMoE, defaults: {} },
+  grin: { make: grin, defaults: { k: 2 } },
+  softMoE: { make: softMoE, defaults: {} },
+  deepSeekV3: { make: deepSeekV3, defaults: { k: 2 } },
+  deepSeekV2: { make: deepSeekV2, defaults: { k: 2 } },
+  dynMoLE: { make: dynMoLE, defaults: {} },
+  // Later tokens must not take the places of earlier ones.
+  gshard: { make: gshard, defaults: { order: "tokens" } },
 };
 
 /** Names of all routers, those included that a language model refuses. */

@@ -1,12 +1,23 @@
 // The public surface of @switchyard/routers. Every router also has a subpath of its own, with its card.
 export { type AdaMoEOptions, adaMoE } from "./ada-moe.ts";
 export { type AttentionAwareOptions, attentionAware } from "./attention-aware.ts";
+export { type DeepSeekV2Options, deepSeekV2 } from "./deep-seek-v2.ts";
+export { type DeepSeekV3Options, deepSeekV3 } from "./deep-seek-v3.ts";
+export { type DynMoLEOptions, dynMoLE } from "./dyn-mole.ts";
 export { type ExpertChoiceOptions, expertChoice } from "./expert-choice.ts";
 export { type ExpertRaceOptions, expertRace, type RaceStrategy } from "./expert-race.ts";
 export { type ExpressiveGate, type ExpressiveGatesOptions, expressiveGates } from "./expressive-gates.ts";
+export { type GrinOptions, grin, type SparseMixerVersion } from "./grin.ts";
+export { type GShardOptions, gshard, type SecondExpert } from "./gshard.ts";
+export { type HashOptions, hash } from "./hash.ts";
+export { type NoisyTopKOptions, noisyTopK } from "./noisy-top-k.ts";
 export { type NullExpertsOptions, nullExperts } from "./null-experts.ts";
 export type { RouterCard } from "./parts.ts";
 export { type ReMoEOptions, reMoE } from "./re-moe.ts";
 export { type SimilarityAwareOptions, similarityAware } from "./similarity-aware.ts";
+export { type SinkhornOptions, sinkhorn } from "./sinkhorn.ts";
+export { type SoftMoEOptions, softMoE } from "./soft-moe.ts";
 export { type SwitchOptions, switchRouter } from "./switch-router.ts";
 export { type TopKOptions, type TopKOrder, topK } from "./top-k.ts";
+export { type TopPOptions, topP } from "./top-p.ts";
+export { type XMoEOptions, type XMoEVariant, xMoE } from "./x-moe.ts";

@@ -150,7 +150,8 @@ const expectedBeside: Readonly<Record<string, readonly string[]>> = {
 };
 
 /**
- * The vectors in a file's text, of either layout. Those of the second one become: family = `name`, id = kind and
+ * The vectors in a file's text, of either layout. Records inside `expected` of the first one give names with points. Those
+ * of the second one become: family = `name`, id = kind and
  * position, config = what is one number, truth value or word (`kind` among them), inputs = what is a list. What is null
  * is left out. A record inside a case gives names with points: what stands in `layers[0].h` is called "layers.0.h", what
  * stands in `expected.gates.sigmoid` or `gates.expected.sigmoid` is expected as "gates.sigmoid".
@@ -166,7 +167,9 @@ export function parseVectors(text: string, name: string): Vectors {
   const file: Vectors | KindVectors = JSON.parse(text, (_, value) =>
     typeof value === "string" ? (infinite[value] ?? value) : value,
   );
-  if (!("paper" in file)) return file;
+  if (!("paper" in file)) {
+    return { ...file, cases: file.cases.map((one) => ({ ...one, expected: flattened(one.expected) })) };
+  }
   return {
     family: name,
     tolerance: { abs: 1e-9, rel: file.tolerance },
@@ -186,6 +189,15 @@ export function parseVectors(text: string, name: string): Vectors {
       return { id: `${one.kind} ${i}`, config, inputs, expected };
     }),
   };
+}
+
+/** Records inside `expected` as names with points: what stands in `v3.scores` is called "v3.scores". */
+function flattened(expected: Readonly<Record<string, unknown>>): Readonly<Record<string, Values>> {
+  const pairs = named(expected).map(([path, value]): [string, Values] => {
+    if (typeof value === "string") throw new Error(`expected ${path.join(".")} is the word "${value}", not numbers`);
+    return [path.join("."), value];
+  });
+  return Object.fromEntries(pairs);
 }
 
 /** The words, numbers and lists of numbers in a record, with the way to each; truth values are numbers, null is nothing. */

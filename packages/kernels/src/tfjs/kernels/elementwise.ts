@@ -98,7 +98,6 @@ export function elementwiseKernels(device: Device): Table {
       const dy = x(1);
       return tf.concat([tf.mul(tf.mul(dy, up), slope), tf.mul(dy, passed)], dy.shape.length - 1);
     }),
-    sumSquares: unary((x) => (x.size === 0 ? tf.zeros([]) : tf.sum(tf.square(x)))),
   };
 }
 

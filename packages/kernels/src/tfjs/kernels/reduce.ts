@@ -4,7 +4,7 @@ import { type Device, zeros } from "../device.ts";
 import type { TfTensor } from "../tf.ts";
 import { select } from "./elementwise.ts";
 
-type Table = { readonly [P in "sumTo" | "maxLast" | "cumsum"]: Kernel<TfTensor> };
+type Table = { readonly [P in "sumTo" | "sumSquares" | "maxLast" | "cumsum"]: Kernel<TfTensor> };
 
 export function reduceKernels(device: Device): Table {
   const { tf, kernel } = device;
@@ -13,6 +13,7 @@ export function reduceKernels(device: Device): Table {
       if (x(0).size === 0) return zeros(tf, spec());
       return sumTo(device, x(0), spec().shape);
     }),
+    sumSquares: kernel(({ x }) => sumSquares(device, x(0))),
     maxLast: kernel(({ x }) => maxLast(device, x(0))),
     cumsum: kernel<{ readonly axis: number; readonly exclusive?: boolean; readonly reverse?: boolean }>(
       ({ x, attrs: { axis, exclusive = false, reverse = false } }) => {
@@ -26,11 +27,41 @@ export function reduceKernels(device: Device): Table {
   };
 }
 
+const BLOCK = 64;
+/**
+ * Sum over the last axis of [rows, n], [rows]. TensorFlow.js adds one number after the other on the processor, which loses digits in long
+ * sums, the norm of a gradient above all: there they go in blocks. Its GPU kernels add in a tree by themselves.
+ */
+function sumRows(device: Device, x: TfTensor): TfTensor {
+  const { tf, name } = device;
+  const [rows = 0, n = 0] = x.shape;
+  if (n <= 2 * BLOCK || name === "webgl" || name === "webgpu") return tf.sum(x, 1);
+  const blocks = Math.floor(n / BLOCK);
+  const whole = blocks * BLOCK;
+  const head = whole === n ? x : tf.slice(x, [0, 0], [rows, whole]);
+  const sums = tf.reshape(tf.sum(tf.reshape(head, [rows * blocks, BLOCK]), 1), [rows, blocks]);
+  const total = sumRows(device, sums);
+  return whole === n ? total : tf.add(total, tf.sum(tf.slice(x, [0, whole], [rows, n - whole]), 1));
+}
+
+/** Sum of all squares, []. */
+function sumSquares(device: Device, x: TfTensor): TfTensor {
+  const { tf } = device;
+  if (x.size === 0) return tf.zeros([]);
+  return tf.reshape(sumRows(device, tf.reshape(tf.square(x), [1, x.size])), []);
+}
+
 /** Sums down to a shape that broadcasts to x's. */
-export function sumTo({ tf }: Device, x: TfTensor, shape: readonly number[]): TfTensor {
+export function sumTo(device: Device, x: TfTensor, shape: readonly number[]): TfTensor {
+  const { tf } = device;
   const missing = x.shape.length - shape.length;
   const axes = x.shape.flatMap((d, axis) => (axis < missing || (shape[axis - missing] === 1 && d !== 1) ? [axis] : []));
-  return axes.length === 0 ? x : tf.sum(x, axes, true);
+  if (axes.length === 0) return x;
+  const kept = x.shape.length - axes.length;
+  const trailing = x.size > 0 && axes[0] === kept;
+  if (!trailing) return tf.sum(x, axes, true);
+  const rows = x.shape.slice(0, kept).reduce((n, d) => n * d, 1);
+  return tf.reshape(sumRows(device, tf.reshape(x, [rows, x.size / rows])), [...shape]);
 }
 
 /** Maximum over the last axis, which stays as 1. */
