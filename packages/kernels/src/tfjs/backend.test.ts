@@ -19,6 +19,8 @@ import {
   mul,
   reshape,
   sum,
+  sumLast,
+  sumSquares,
   type Tensor,
   takeRows,
   topkIndices,
@@ -40,6 +42,20 @@ describe.each(["cpu", "wasm"])("tfjs on %s", (backend) => {
     for (const [i, one] of backendCases().entries()) if (i % 10 === 0) await one.run(on);
     expect([on.live(), tf.memory().numTensors]).toEqual([0, start]);
     subject.dispose();
+  });
+
+  it.each([129, 4096, 98_305])("keeps the digits of sums over %d numbers", async (n) => {
+    const on = engine(await tfjs({ tf, backend }));
+    const data = Float32Array.from({ length: 2 * n }, (_, i) => 1 + ((i * 7919) % 1000) / 1000);
+    const x = on.tensor(data, [2, n]);
+    const [rows, squares] = on.scope(() => [sumLast(x), sumSquares(x)] as const); // [2, 1], []
+    const row = (r: number): number => data.subarray(r * n, (r + 1) * n).reduce((total, value) => total + value, 0);
+    const square = data.reduce((total, value) => total + value * value, 0);
+    const off = (found: number | undefined, exact: number): number => Math.abs((found ?? Number.NaN) / exact - 1);
+    const [first, second] = await rows.data();
+    expect(Math.max(off(first, row(0)), off(second, row(1)))).toBeLessThan(3e-7);
+    expect(off((await squares.data())[0], square)).toBeLessThan(3e-7);
+    dispose([x, rows, squares]);
   });
 
   it("holds on to its tensors in the user's tidies, and frees its own temporaries", async () => {

@@ -192,15 +192,17 @@ describe.skipIf(source === undefined)("the WebGPU device", () => {
     if (first.status === "fulfilled") expect(first.value).toEqual([1, 1, 1, 1]);
   });
 
-  it("an allocation that the device refuses ends in an out-of-memory error", async () => {
-    // The scope of this device reports what a full device would.
-    const full = new Proxy(device, {
+  /** The device, with error scopes that report what a full one would after an allocation of more than 100 kB, `late` ms later. */
+  function fullDevice(late: number): GPUDevice {
+    let asked = false;
+    return new Proxy(device, {
       get(target, name) {
         const value = Reflect.get(target, name, target);
         if (name === "popErrorScope") {
           return async () => {
-            const error = await target.popErrorScope();
-            return asked ? { message: "no room" } : error;
+            const [full, error] = [asked, await target.popErrorScope()];
+            if (late > 0) await new Promise((resolve) => setTimeout(resolve, late));
+            return full ? { message: "no room" } : error;
           };
         }
         if (name === "createBuffer") {
@@ -212,14 +214,23 @@ describe.skipIf(source === undefined)("the WebGPU device", () => {
         return typeof value === "function" ? value.bind(target) : value;
       },
     });
-    let asked = false;
-    const gpu = createGpu(full, { idle: 0 });
+  }
+
+  it("an allocation that the device refuses ends in an out-of-memory error", async () => {
+    const gpu = createGpu(fullDevice(0), { idle: 0 });
     expect(await read(gpu, upload(gpu, fill(4, 2)), 4)).toEqual([2, 2, 2, 2]);
     const big = gpu.alloc(f32(200, 200));
     await expect(read(gpu, big, 4)).rejects.toThrow(
       /while allocating \d+ bytes for a tensor \[200, 200\] f32.*no room/s,
     );
     await expect(read(gpu, big, 4)).rejects.toThrow(DeviceError);
+  });
+
+  it("a read that is ready waits for error scopes that answer late", async () => {
+    const gpu = createGpu(fullDevice(200), { idle: 0 });
+    const x = upload(gpu, fill(4, 2));
+    gpu.alloc(f32(200, 200));
+    await expect(read(gpu, x, 4)).rejects.toThrow(/no room/);
   });
 
   it("more than one buffer may hold is refused before it is asked for", () => {
