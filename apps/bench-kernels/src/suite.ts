@@ -5,6 +5,7 @@ import {
   type Candidate,
   type CompareOptions,
   type Comparison,
+  type Contender,
   compare,
   contender,
   denseLayer,
@@ -21,6 +22,7 @@ import {
   moeLayer,
   oneTokenProducts,
   type ProductCase,
+  routing,
   type Summary,
   speedup,
   summarise,
@@ -32,6 +34,7 @@ import {
 import type { Engine } from "@switchyard/core";
 import { type Ceiling, ceiling } from "./ceiling.ts";
 import type { Peer } from "./peers/peer.ts";
+import { everyRouter } from "./routers.ts";
 
 export type Variant = "relaxed" | "plain";
 
@@ -282,6 +285,69 @@ async function* dispatch(context: Context): AsyncGenerator<Table> {
   }
 }
 
+/** Routers that people use every day: their routing and dispatch should stay a small part of the layer. */
+const common: readonly string[] = [
+  "topK",
+  "switchRouter",
+  "noisyTopK",
+  "deepSeekV2",
+  "deepSeekV3",
+  "nullExperts",
+  "reMoE",
+];
+
+/** Every router with the layer's sizes: what it costs beside topK, and the common ones beside the whole layer. */
+async function* routers(context: Context): AsyncGenerator<Table> {
+  const engine = await best(context);
+  const one: LayerCase = { layer: "B", ...layers.B, tokens: context.quick ? 256 : 1024 };
+  const { experts, width, tokens, k } = one;
+  const failed: Entry[] = [];
+  const rows: Candidate[] = [];
+  for (const [name, router] of everyRouter(k)) {
+    const open = (): Contender => contender(name, routing(engine, { experts, width, tokens, router }));
+    try {
+      // Once, so that one router that cannot run here does not end the case.
+      const tried = open();
+      try {
+        await tried.run();
+      } finally {
+        await tried.dispose?.();
+      }
+      rows.push({ name, open });
+    } catch (error) {
+      failed.push({ name, failed: (error as Error).message });
+    }
+  }
+  const whole: Candidate = {
+    name: "whole layer with topK",
+    open: () => contender("whole layer with topK", moeLayer.setup(engine, one)),
+  };
+  const found = await timings(context, [...rows, whole]);
+  const timingOf = (name: string): Timing => found.find((timing) => timing.name === name) ?? missing(name);
+  const layer = timingOf(whole.name);
+  const table = ownTable(
+    context,
+    {
+      case: "routers",
+      title: `${layerTitle(one)}: routing, sorting, gathering and combining, with experts that compute nothing`,
+      unit: "tokens/s",
+      amounts: Object.fromEntries(found.map(({ name }) => [name, tokens])),
+      figures: [
+        ...rows.flatMap(({ name }) =>
+          name === "topK" ? [] : { label: `${name} : topK`, value: ratio(timingOf(name), timingOf("topK")) },
+        ),
+        ...common.map((name) => ({
+          label: `${name} : layer`,
+          value: ratio(timingOf(name), layer),
+          goal: { most: 0.1 },
+        })),
+      ],
+    },
+    found,
+  );
+  yield { ...table, entries: [...table.entries, ...failed] };
+}
+
 async function* scaling(context: Context): AsyncGenerator<Table> {
   const engine = await best(context);
   for (const name of ["A", "B"] as const) {
@@ -437,6 +503,7 @@ export const cases: Readonly<Record<string, Case>> = {
   training,
   sparse,
   dispatch,
+  routers,
   scaling,
   "one-token": oneToken,
   threads,

@@ -5,6 +5,7 @@ import {
   countedTokens,
   heldOutWindows,
   inBatches,
+  noised,
   spreadOut,
   type TokenBatch,
   tokenStream,
@@ -106,4 +107,32 @@ test("bytes are those of the counted labels", () => {
 test("spreadOut takes from everywhere", () => {
   expect(spreadOut([...range(0, 10)], 3)).toEqual([1, 5, 8]);
   expect(spreadOut([1, 2], 3)).toEqual([1, 2]);
+});
+
+describe("noised", () => {
+  const batch: TokenBatch = {
+    shape: [2, 10],
+    ids: Int32Array.from({ length: 20 }, (_, i) => i + 1),
+    labels: Int32Array.from({ length: 20 }, (_, i) => (i % 10 < 8 ? i + 2 : -1)),
+  };
+
+  test("replaces the share of the counted tokens by others of them, and keeps the labels", () => {
+    const { ids, labels, replaced } = noised(batch, { share: 0.25, seed: 3 });
+    expect(labels).toBe(batch.labels);
+    expect(replaced.reduce((sum, x) => sum + x, 0)).toBe(4); // of 16
+    for (const [i, id] of ids.entries()) {
+      expect(id !== batch.ids[i]).toBe(replaced[i] === 1);
+      if (replaced[i] === 1) expect([batch.labels[i], batch.labels[id - 1]]).not.toContain(-1);
+    }
+  });
+
+  test("the same seed replaces the same tokens, another one others", () => {
+    expect(noised(batch, { share: 0.25, seed: 3 })).toEqual(noised(batch, { share: 0.25, seed: 3 }));
+    expect(noised(batch, { share: 0.25, seed: 4 }).ids).not.toEqual(noised(batch, { share: 0.25, seed: 3 }).ids);
+  });
+
+  test("a text of one word stays as it is", () => {
+    const same = { ...batch, ids: new Int32Array(20).fill(7) };
+    expect(noised(same, { share: 0.5, seed: 1 })).toEqual({ ...same, replaced: new Uint8Array(20) });
+  });
 });

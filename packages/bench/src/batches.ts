@@ -119,6 +119,36 @@ export function spreadOut<T>(items: readonly T[], count: number): readonly T[] {
   return Array.from({ length: count }, (_, i) => items[Math.floor(((i + 0.5) * items.length) / count)] as T);
 }
 
+/** A batch with some of its counted tokens replaced. */
+export interface NoisedBatch extends TokenBatch {
+  /** 1 = replaced: [rows, length]. */
+  readonly replaced: Uint8Array;
+}
+
+/**
+ * The batch with a share of its counted tokens replaced by others of its counted tokens, drawn with the seed; the labels stay. At least one
+ * is replaced where there are two different ones.
+ */
+export function noised(
+  batch: TokenBatch,
+  { share, seed }: { readonly share: number; readonly seed: number },
+): NoisedBatch {
+  const random = hostRandom(mixed(seed, batch.ids.length));
+  const ids = batch.ids.slice();
+  const replaced = new Uint8Array(ids.length);
+  const counted = Array.from(ids, (_, i) => i).filter((i) => (batch.labels[i] ?? -1) >= 0);
+  const order = shuffled(counted.length, random);
+  for (const place of order.subarray(0, Math.max(1, Math.round(share * counted.length)))) {
+    const at = counted[place] ?? 0;
+    const others = counted.filter((i) => batch.ids[i] !== batch.ids[at]);
+    const other = others[Math.floor(random() * others.length)];
+    if (other === undefined) continue;
+    ids[at] = batch.ids[other] ?? 0;
+    replaced[at] = 1;
+  }
+  return { ...batch, ids, replaced };
+}
+
 /** Bytes of the text that the counted tokens of a batch stand for. */
 export function countedBytes(batch: TokenBatch, tokenBytes: Uint16Array): number {
   return batch.labels.reduce((sum, label) => sum + (label < 0 ? 0 : (tokenBytes[label] ?? 0)), 0);

@@ -228,6 +228,19 @@ describe("compareRouters", async () => {
     expect(first?.layers[0]?.load).toHaveLength(2);
   });
 
+  test("the end says who meets whom and what noise changes", () => {
+    for (const { final, router } of result.runs) {
+      const [layer] = final.layers;
+      expect(final.layers).toHaveLength(1);
+      expect(layer?.together).toHaveLength(experts);
+      // This router sees a token alone, so replaced neighbours cannot move it; a model that reads on would not do so.
+      expect(layer?.noised).toEqual({ sets: 0, overlap: 0, firsts: 0 });
+      expect(final.bitsPerByte.noised).toBeGreaterThan(final.bitsPerByte.clean);
+      if (router === "top:k=1") expect(layer?.combinations).toBe(0);
+      else expect(layer?.combinations).toBeGreaterThan(0);
+    }
+  });
+
   test("samples keep the prompt and know the experts of every token", () => {
     for (const run of result.runs) {
       expect(run.samples).toHaveLength(2);

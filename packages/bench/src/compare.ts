@@ -11,12 +11,13 @@ import {
   type ComparisonOptions,
   type Contender,
   type HeldOut,
+  NOISE,
   type Prepared,
   type SnapshotFiles,
   startTrainer,
 } from "./experiment.ts";
-import { joined, type LayerChoices, layerRouting, type Moment, onlyTokens, watch } from "./probe.ts";
-import { type CheckpointRecord, checked, checkpointSchema, type RunResult } from "./results.ts";
+import { finalLayer, joined, type LayerChoices, layerRouting, type Moment, onlyTokens, watch } from "./probe.ts";
+import { type CheckpointRecord, checked, checkpointSchema, type FinalRouting, type RunResult } from "./results.ts";
 import { writeSamples } from "./samples.ts";
 import { removeFile } from "./store.ts";
 
@@ -75,7 +76,7 @@ async function oneRun(
   const { engine, training, steps, folder, signal, checkpoints: wanted = 8 } = options;
   const batch = trainingBatches(prepared.streams, { ...training, seed });
   const subject = contender.subject(seed, batch);
-  const run = startTrainer(engine, subject, training, seed, steps);
+  const run = startTrainer(engine, subject, training, { seed, totalSteps: steps, hooks: contender.hooks?.() ?? [] });
   const file = join(folder, snapshotName);
   try {
     let before: readonly LayerChoices[] | undefined;
@@ -132,16 +133,19 @@ async function oneRun(
         }
       }
       const last = until === steps;
-      const look = await lookAt(moment(), prepared, prepared.heldOut.probe, before);
+      const { probe } = prepared.heldOut;
+      const look = await lookAt(moment(), probe);
+      const layers = look.choices.map((now, layer) => layerRouting(now, look.domains, probe.length, before?.[layer]));
       before = look.choices;
-      const loss = last ? await measured(run, prepared) : look;
-      records.push({ step: until, bitsPerByte: loss.bitsPerByte, perDomain: loss.perDomain, layers: look.layers });
+      const loss = last ? await measured(run, prepared) : lossOf(look.nats, probe, prepared);
+      records.push({ step: until, bitsPerByte: loss.bitsPerByte, perDomain: loss.perDomain, layers });
       if (signal?.aborted && !last) {
         await save();
         return undefined;
       }
       if (!last && performance.now() - saved > saveEvery * 1000) await save();
     }
+    const final = await measureFinal(moment(), prepared);
     const samples = await writeSamples(options, subject, moment(), seed);
     const model = modelFolder(contender.name, seed);
     await subject.save(run.params, run.buffers, join(folder, model));
@@ -164,6 +168,7 @@ async function oneRun(
         learningRate: run.history.map(({ learningRate }) => rounded(learningRate, 8)),
       },
       checkpoints: records,
+      final,
       samples,
       model,
     };
@@ -200,13 +205,15 @@ async function measured(run: Trainer<TokenBatch>, prepared: Prepared): Promise<L
   return lossOf(nats, prepared.heldOut.all, prepared);
 }
 
-/** Loss and routing on the probe, compared with the choices at the checkpoint before. */
-async function lookAt(
-  moment: Moment,
-  prepared: Prepared,
-  batches: HeldOut["probe"],
-  before: readonly LayerChoices[] | undefined,
-): Promise<Loss & Pick<CheckpointRecord, "layers"> & { readonly choices: readonly LayerChoices[] }> {
+/** What a model does on batches of held-out text: nats per domain, and the choices of every layer for the counted tokens. */
+interface Look {
+  readonly nats: readonly number[];
+  readonly choices: readonly LayerChoices[];
+  /** The domain of each token. */
+  readonly domains: Uint8Array;
+}
+
+async function lookAt(moment: Moment, batches: HeldOut["probe"]): Promise<Look> {
   const nats: number[] = [];
   const labels: number[] = [];
   const parts: LayerChoices[][] = moment.task.routers.map(() => []);
@@ -221,10 +228,37 @@ async function lookAt(
     }
     nats.push(sum);
   }
-  const choices = parts.map(joined);
-  const domains = Uint8Array.from(labels);
-  const layers = choices.map((now, layer) => layerRouting(now, domains, batches.length, before?.[layer]));
-  return { ...lossOf(nats, batches, prepared), layers, choices };
+  return { nats, choices: parts.map(joined), domains: Uint8Array.from(labels) };
+}
+
+/** Routing at the end: co-activation on the probe, and the routes that its noised copy changes. */
+async function measureFinal(moment: Moment, prepared: Prepared): Promise<FinalRouting> {
+  const { probe, noised } = prepared.heldOut;
+  const look = await lookAt(moment, noised);
+  const clean = await lookAt(moment, probe);
+  // Of the counted tokens, in their order: those whose own input was replaced tell nothing about the router.
+  const replaced = noised.flatMap((list) =>
+    list.flatMap((batch) => [...batch.replaced].filter((_, token) => (batch.labels[token] ?? -1) >= 0)),
+  );
+  const kept = (token: number): boolean => replaced[token] !== 1;
+  const layers = await Promise.all(
+    look.choices.map((changed, layer) => {
+      const own = clean.choices[layer] ?? changed;
+      return finalLayer(moment.engine, {
+        probe: own,
+        clean: onlyTokens(own, kept),
+        noised: onlyTokens(changed, kept),
+      });
+    }),
+  );
+  return {
+    noise: NOISE,
+    bitsPerByte: {
+      clean: lossOf(clean.nats, probe, prepared).bitsPerByte,
+      noised: lossOf(look.nats, noised, prepared).bitsPerByte,
+    },
+    layers,
+  };
 }
 
 const choicesName = "comparison.choices.";

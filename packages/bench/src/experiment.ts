@@ -1,5 +1,6 @@
 // What the comparison is told: models, text and settings as values, and the text prepared for every run alike.
 import type { Engine, Tree } from "@switchyard/core";
+import type { TrainingHook } from "@switchyard/core/moe";
 import {
   type Optimiser,
   type Schedule,
@@ -8,7 +9,15 @@ import {
   type TrainerSnapshot,
   trainer,
 } from "@switchyard/core/train";
-import { heldOutWindows, inBatches, spreadOut, type TokenBatch, tokenStream } from "./batches.ts";
+import {
+  heldOutWindows,
+  inBatches,
+  type NoisedBatch,
+  noised,
+  spreadOut,
+  type TokenBatch,
+  tokenStream,
+} from "./batches.ts";
 import { byteLength, type Domain } from "./corpus.ts";
 import type { DomainRecord, RunResult } from "./results.ts";
 
@@ -36,6 +45,8 @@ export interface Contender {
   readonly experts: number;
   readonly expertWidth: number;
   subject(seed: number, batch: (index: number) => TokenBatch): Subject;
+  /** What its method does to training beside routing, made anew for every run. */
+  hooks?(): readonly TrainingHook[];
 }
 
 /** Text to ids and back, for all models alike. */
@@ -115,7 +126,12 @@ export interface HeldOut {
   readonly all: readonly (readonly TokenBatch[])[];
   /** Per domain: windows spread over them, for the checkpoints on the way. */
   readonly probe: readonly (readonly TokenBatch[])[];
+  /** The probe with some tokens replaced, batch by batch: how far routes hold when their surroundings change. */
+  readonly noised: readonly (readonly NoisedBatch[])[];
 }
+
+/** Of the probe's tokens, how many are replaced in its noised copy. */
+export const NOISE = 0.05;
 
 /** The text in tokens. */
 export interface Prepared {
@@ -136,12 +152,16 @@ export function prepare(
   const encode = (blocks: readonly Uint8Array[]): Int32Array[] =>
     blocks.map((block) => codec.encode(decodeText(block)));
   const windows = domains.map(({ validation }) => heldOutWindows(encode(validation), codec.separator, length));
-  const probeWindows = Math.max(1, Math.round(probeTokens / Math.ceil(0.75 * length)));
+  const fewWindows = Math.max(1, Math.round(probeTokens / Math.ceil(0.75 * length)));
+  const probe = windows.map((list) => inBatches(spreadOut(list, fewWindows), rows));
   return {
     streams: domains.map(({ training }) => tokenStream(encode(training), codec.separator)),
     heldOut: {
       all: windows.map((list) => inBatches(list, rows)),
-      probe: windows.map((list) => inBatches(spreadOut(list, probeWindows), rows)),
+      probe,
+      noised: probe.map((list, domain) =>
+        list.map((batch, i) => noised(batch, { share: NOISE, seed: 1000 * domain + i })),
+      ),
     },
     tokenBytes: Uint16Array.from({ length: codec.vocabulary }, (_, id) =>
       id === codec.separator ? 0 : codec.bytes([id]).length,
@@ -154,10 +174,14 @@ export function startTrainer(
   engine: Engine,
   subject: Subject,
   { optimiser, schedule, clip }: TrainingSettings,
-  seed: number,
-  totalSteps: number,
+  {
+    seed,
+    totalSteps,
+    hooks = [],
+  }: { readonly seed: number; readonly totalSteps: number; readonly hooks?: readonly TrainingHook[] },
 ): Trainer<TokenBatch> {
   return trainer(engine, subject.task, {
+    hooks,
     optimiser: optimiser(),
     schedule: schedule(totalSteps),
     clip,

@@ -15,11 +15,13 @@ export interface Style {
 const symbols = ["circle", "square", "triangle", "diamond", "star", "times"] as const;
 const dashes = ["none", "7 3", "2 3", "10 3 2 3", "4 2", "1 2"] as const;
 
+/** Distinct for 36 routers: the second six have the colours of the first, with other dashes and markers. */
 export function styleOf(index: number): Style {
+  const shifted = index + Math.floor(index / 6);
   return {
     colour: `var(--series-${(index % 6) + 1})`,
-    dash: dashes[index % dashes.length] ?? "none",
-    symbol: symbols[index % symbols.length] ?? "circle",
+    dash: dashes[shifted % dashes.length] ?? "none",
+    symbol: symbols[shifted % symbols.length] ?? "circle",
   };
 }
 
@@ -257,8 +259,9 @@ export function lossFigure(results: Results): string {
   });
   const rules = results.baselines.map(({ name, bitsPerByte }) => ({ name, y: bitsPerByte }));
   const label = `Held-out loss in bits per byte over training: ${described(series, 3)}`;
+  const height = Math.max(320, 60 + 17 * series.length); // room for every label at the end of its line
   return bothWidths((width) =>
-    lines({ series, faint, rules, label, digits: 3, height: width === "wide" ? 380 : 320, width }),
+    lines({ series, faint, rules, label, digits: 3, height: width === "wide" ? Math.max(380, height) : 320, width }),
   );
 }
 
@@ -293,22 +296,23 @@ export function routingFigures(results: Results): readonly SmallFigure[] {
   });
 }
 
-/** The end of training by domain: one marker per router, ticks for the baselines. */
-export function domainFigure(results: Results): string {
+interface ByDomain {
+  readonly what: string;
+  readonly axis: string;
+  readonly of: (run: RunResult, domain: number) => number;
+  /** Dotted ticks with a name above them. */
+  readonly ticks?: readonly { readonly name: string; readonly domain: string; readonly x: number }[];
+}
+
+/** The end of training by domain: one marker per router, mean over the seeds. */
+function byDomain(results: Results, { what, axis, of, ticks = [] }: ByDomain): string {
   const names = results.domains.map(({ name }) => name);
   const routers = routersOf(results);
   const dots = routers.flatMap((router, i) => {
     const own = results.runs.filter((run) => run.router === router);
-    return names.map((domain, d) => ({
-      domain,
-      x: mean(own.map((run) => run.checkpoints.at(-1)?.perDomain[d] ?? 0)),
-      style: styleOf(i),
-    }));
+    return names.map((domain, d) => ({ domain, x: mean(own.map((run) => of(run, d))), style: styleOf(i), router: i }));
   });
-  const ticks = results.baselines.flatMap(({ name, perDomain }) =>
-    perDomain.map((x, d) => ({ name: name.replace(/ .*/, ""), domain: names[d] ?? "", x })),
-  );
-  const label = `Held-out bits per byte by domain: ${routers
+  const label = `${what} by domain: ${routers
     .map(
       (router, i) =>
         `${router} ${dots
@@ -326,7 +330,7 @@ export function domainFigure(results: Results): string {
         marginRight: 24,
         marginTop: 16,
         marginBottom: 34,
-        x: { label: "bits per byte →", grid: true, ticks: width === "wide" ? 8 : 5, inset: 8 },
+        x: { label: `${axis} →`, grid: true, ticks: width === "wide" ? 8 : 5, inset: 8 },
         y: { domain: names, label: null, tickSize: 0 },
         marks: [
           Plot.ruleY(names, { stroke: "var(--rule)" }),
@@ -339,11 +343,12 @@ export function domainFigure(results: Results): string {
             inset: 5,
           }),
           Plot.text(ticks, { x: "x", y: "domain", text: "name", dy: -22, fill: "var(--muted)", fontSize: 10.5 }),
-          ...dots.map(({ style, ...dot }) =>
+          ...dots.map(({ style, router, ...dot }) =>
             Plot.dot([dot], {
               x: "x",
               y: "domain",
-              r: 5.5,
+              dy: (router - (routers.length - 1) / 2) * Math.min(4, 28 / routers.length), // equal numbers stay visible
+              r: 5,
               symbol: style.symbol,
               fill: style.colour,
               stroke: "var(--paper)",
@@ -354,6 +359,108 @@ export function domainFigure(results: Results): string {
       label,
     ),
   );
+}
+
+/** Held-out loss by domain, ticks for the baselines. */
+export function domainFigure(results: Results): string {
+  const ticks = results.baselines.flatMap(({ name, perDomain }) =>
+    perDomain.map((x, d) => ({ name: name.replace(/ .*/, ""), domain: results.domains[d]?.name ?? "", x })),
+  );
+  return byDomain(results, {
+    what: "Held-out bits per byte",
+    axis: "bits per byte",
+    of: (run, d) => run.checkpoints.at(-1)?.perDomain[d] ?? 0,
+    ticks,
+  });
+}
+
+/** Experts per token by domain, mean over the layers: where routers that choose how many spend their compute. */
+export function computeFigure(results: Results): string {
+  return byDomain(results, {
+    what: "Experts per token",
+    axis: "experts per token",
+    of: (run, d) => mean((run.checkpoints.at(-1)?.layers ?? []).map((layer) => layer.expertsByDomain[d] ?? 0)),
+  });
+}
+
+/** Who works with whom: of the tokens of the row's expert, the share that the column's expert sees too; one square per layer. */
+export function togetherFigure(run: RunResult): string {
+  const { layers } = run.final;
+  const cells = layers.flatMap(({ together }, layer) =>
+    together.flatMap((row, a) =>
+      row.map((share, b) => ({ layer: `layer ${layer + 1}`, a, b, share: a === b ? 0 : share, own: a === b })),
+    ),
+  );
+  const experts = layers[0]?.together.length ?? 0;
+  const ids = Array.from({ length: experts }, (_, e) => e);
+  const greatest = cells.reduce((most, cell) => (cell.share > most.share ? cell : most), {
+    layer: "no layer",
+    a: 0,
+    b: 0,
+    share: 0,
+    own: false,
+  });
+  const most = Math.max(0.2, greatest.share);
+  const label =
+    `Co-activation of ${experts} experts for ${run.router}; most often expert ${greatest.b} joins expert ${greatest.a} in ` +
+    `${greatest.layer}, in ${Math.round(100 * greatest.share)} % of its tokens`;
+  return bothWidths((width) => {
+    const across = Math.min(layers.length, width === "wide" ? 4 : 2);
+    const rows = Math.ceil(layers.length / Math.max(1, across));
+    const side = (widths[width] - 50) / Math.max(1, across);
+    const numbers = (side - 12) / Math.max(1, experts) >= 19;
+    const place = ({ layer }: { layer: string }): number => layers.findIndex((_, i) => layer === `layer ${i + 1}`);
+    const facet = {
+      fx: (cell: { layer: string }) => place(cell) % across,
+      fy: (cell: { layer: string }) => Math.floor(place(cell) / across),
+    };
+    return svg(
+      width,
+      {
+        height: rows * side + 30,
+        marginLeft: 28,
+        marginRight: 4,
+        marginTop: 18,
+        marginBottom: 20,
+        x: { label: null, domain: ids, tickSize: 0, ticks: numbers ? ids : [] },
+        y: { label: null, domain: ids, tickSize: 0, ticks: numbers ? ids : [] },
+        fx: { axis: null, padding: 0.08 },
+        fy: { axis: null, padding: 0.2 },
+        opacity: { type: "identity" },
+        marks: [
+          Plot.cell(cells, {
+            ...facet,
+            x: "b",
+            y: "a",
+            inset: 0.5,
+            rx: 2,
+            fill: ({ own }: { own: boolean }) => (own ? "var(--rule)" : "var(--heat)"),
+            fillOpacity: ({ own, share }: { own: boolean; share: number }) => (own ? 1 : 0.03 + 0.97 * (share / most)),
+          }),
+          ...(numbers
+            ? [
+                Plot.text(
+                  cells.filter(({ own }) => !own),
+                  {
+                    ...facet,
+                    x: "b",
+                    y: "a",
+                    text: ({ share }: { share: number }) => String(Math.round(100 * share)),
+                    fontSize: 9,
+                    fill: ({ share }: { share: number }) => (share / most > 0.55 ? "var(--heat-ink)" : "var(--ink)"),
+                  },
+                ),
+              ]
+            : []),
+          Plot.text(
+            layers.map((_, i) => ({ layer: `layer ${i + 1}` })),
+            { ...facet, text: "layer", frameAnchor: "top", dy: -12, fill: "var(--muted)" },
+          ),
+        ],
+      },
+      label,
+    );
+  });
 }
 
 /** Load of every expert by layer and domain, 1 = an even share: one heat map for one run. */

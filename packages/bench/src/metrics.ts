@@ -134,6 +134,20 @@ export function expertsPerToken({ experts, k, ids }: Choices): number {
   return tokens === 0 ? 0 : ids.reduce((sum, id) => sum + (real(id, experts) ? 1 : 0), 0) / tokens;
 }
 
+/** The same by label: [labels]; 0 for a label without tokens. */
+export function expertsByLabel({ experts, k, ids }: Choices, labels: Uint8Array, count: number): Float64Array {
+  const slots = new Float64Array(count);
+  const tokens = new Float64Array(count);
+  for (const [token, label] of labels.entries()) {
+    if (label >= count) continue;
+    tokens[label] = (tokens[label] ?? 0) + 1;
+    for (let i = token * k; i < (token + 1) * k; i++) {
+      if (real(ids[i] ?? -1, experts)) slots[label] = (slots[label] ?? 0) + 1;
+    }
+  }
+  return slots.map((sum, label) => sum / Math.max(1, tokens[label] ?? 0));
+}
+
 export interface Interval {
   readonly mean: number;
   /** Half the width of the 95 % interval (Student's t over the runs); absent for a single run. */

@@ -5,7 +5,7 @@ import type { Plan, Routed } from "@switchyard/core/moe";
 import type { Task } from "@switchyard/core/train";
 import { describe, expect, test } from "vitest";
 import type { TokenBatch } from "./batches.ts";
-import { joined, type LayerChoices, layerRouting, type Moment, onlyTokens, watch } from "./probe.ts";
+import { finalLayer, joined, type LayerChoices, layerRouting, type Moment, onlyTokens, watch } from "./probe.ts";
 
 const batch: TokenBatch = { shape: [1, 3], ids: Int32Array.of(5, 6, 7), labels: Int32Array.of(6, 7, -1) };
 
@@ -109,6 +109,7 @@ test("layerRouting gathers the numbers of a layer", () => {
       [1, 0, 0],
       [0, 1, 0],
     ],
+    expertsByDomain: [1, 1],
     imbalance: 1.5,
     dead: 1,
     specialisation: 1,
@@ -116,4 +117,31 @@ test("layerRouting gathers the numbers of a layer", () => {
     fluctuation: 0.5,
   });
   expect(layerRouting(now, Uint8Array.of(0, 0, 1, 1), 2)).not.toHaveProperty("fluctuation");
+});
+
+describe("finalLayer", () => {
+  // Tokens of expert sets {0, 1}, {1, 2}, {1}, {0, null}.
+  const probe = some(2, [0, 1, 1, 2, 1, -1, 0, 3]);
+
+  test("who meets whom, as shares of each expert's tokens", async () => {
+    const host = engine(cpu());
+    const before = host.live();
+    const { together, combinations } = await finalLayer(host, { probe, clean: probe, noised: probe });
+    expect(together).toEqual([
+      [1, 0.5, 0],
+      [0.33333, 1, 0.33333],
+      [0, 1, 1],
+    ]);
+    expect(combinations).toBeCloseTo(1 / 3, 5); // two of the three pairs meet, once each: the first does not reach 95 %
+    expect(host.live()).toBe(before);
+  });
+
+  test("what noise changes: sets, overlap and first experts; the order within a set is not a change", async () => {
+    const host = engine(cpu());
+    const noised = some(2, [1, 0, 1, 0, 1, -1, 0, 3]);
+    const found = await finalLayer(host, { probe, clean: probe, noised });
+    expect(found.noised).toEqual({ sets: 0.25, overlap: 0.125, firsts: 0.25 });
+    const still = await finalLayer(host, { probe, clean: probe, noised: probe });
+    expect(still.noised).toEqual({ sets: 0, overlap: 0, firsts: 0 });
+  });
 });

@@ -1,5 +1,6 @@
 // What a model does on held-out text: bits per byte, and the experts every token went to, read in one go per batch.
-import { type Engine, leaves, random, type Tensor, type Tree, UnsupportedError } from "@switchyard/core";
+import { type Engine, leaves, random, type Tensor, type Tree, takeRows, UnsupportedError } from "@switchyard/core";
+import { assignments, coActivation, combinationUsage, type Plan, routingChange } from "@switchyard/core/moe";
 import type { Task } from "@switchyard/core/train";
 import { countedTokens, type TokenBatch } from "./batches.ts";
 import {
@@ -7,6 +8,7 @@ import {
   chosenProbabilities,
   deadExperts,
   expertLoad,
+  expertsByLabel,
   expertsPerToken,
   loadByLabel,
   loadImbalance,
@@ -14,7 +16,7 @@ import {
   routingFluctuation,
   specialisation,
 } from "./metrics.ts";
-import type { LayerRouting } from "./results.ts";
+import type { FinalLayer, LayerRouting } from "./results.ts";
 
 /** A model as the trainer sees it, with the parameters and buffers of the moment. */
 export interface Moment {
@@ -60,14 +62,8 @@ export async function watch(moment: Moment, batch: TokenBatch): Promise<Watched>
     return {
       loss: pass.loss,
       layers: pass.layers.map(({ plan, probabilities }) => {
-        if (plan.kind !== "sparse" && plan.kind !== "dense") {
-          throw new UnsupportedError(
-            `the comparison follows experts per token; a plan of kind "${plan.kind}" names none`,
-          );
-        }
         return {
-          weights: plan.weights,
-          ...(plan.kind === "sparse" ? { ids: plan.experts } : {}),
+          ...tokenWeights(plan),
           ...(probabilities === undefined ? {} : { probabilities }),
         };
       }),
@@ -94,6 +90,16 @@ export async function watch(moment: Moment, batch: TokenBatch): Promise<Watched>
     // A router may return one tensor in two places.
     for (const tensor of new Set(leaves(kept).map(([, x]) => x))) tensor.dispose();
   }
+}
+
+/** The experts of each token: ids with weights [tokens, k], or weights alone [tokens, experts]. */
+function tokenWeights(plan: Plan): { readonly weights: Tensor; readonly ids?: Tensor } {
+  if (plan.kind === "sparse") return { weights: plan.weights, ids: plan.experts };
+  if (plan.kind === "dense") return { weights: plan.weights };
+  // A token's share of its group's mixture; of the first expert mode where there are several.
+  const [mixture] = plan.kind === "merge" ? plan.coefficients : [];
+  if (plan.kind === "merge" && mixture !== undefined) return { weights: takeRows(mixture, plan.groups) };
+  throw new UnsupportedError(`the comparison follows experts per token; a plan of kind "${plan.kind}" names none`);
 }
 
 const fromSparse = (ids: Int32Array, weights: Float32Array, experts: number, tokens: number): Choices => ({
@@ -170,6 +176,46 @@ export function layerRouting(now: LayerChoices, labels: Uint8Array, domains: num
     dead: deadExperts(all),
     specialisation: rounded(Math.max(0, specialisation(now, labels, domains))),
     expertsPerToken: rounded(expertsPerToken(now)),
+    expertsByDomain: [...expertsByLabel(now, labels, domains)].map(rounded),
     ...(before === undefined ? {} : { fluctuation: rounded(routingFluctuation(before, now)) }),
   };
+}
+
+/**
+ * The record of one layer at the end of training: who meets whom on the probe, and how many of `clean`'s tokens go elsewhere in `noised`, the
+ * same tokens in a noised text.
+ */
+export async function finalLayer(
+  on: Engine,
+  { probe, clean, noised }: Readonly<Record<"probe" | "clean" | "noised", LayerChoices>>,
+): Promise<FinalLayer> {
+  const { experts } = probe;
+  const ids = ({ k, ids: flat }: Choices): Tensor => on.tensor(flat, [flat.length / Math.max(1, k), k]);
+  const tensors = on.scope(() => {
+    const weights = on.tensor(probe.weights, [probe.weights.length / Math.max(1, probe.k), probe.k]);
+    const tokens = weights.shape[0] ?? 0;
+    const together = coActivation(assignments({ kind: "sparse", experts: ids(probe), weights }, { tokens, experts }));
+    return {
+      together,
+      combinations: combinationUsage(together),
+      ...routingChange(ids(clean), ids(noised), { experts }),
+    };
+  });
+  const number = async (x: Tensor): Promise<number> => rounded((await read(x))[0] ?? 0);
+  try {
+    const counts = await read(tensors.together); // [experts, experts], on the diagonal each expert's load
+    const share = (a: number, b: number): number =>
+      rounded((counts[a * experts + b] ?? 0) / Math.max(1, counts[a * experts + a] ?? 0));
+    return {
+      together: Array.from({ length: experts }, (_, a) => Array.from({ length: experts }, (__, b) => share(a, b))),
+      combinations: await number(tensors.combinations),
+      noised: {
+        sets: await number(tensors.sets),
+        overlap: await number(tensors.overlap),
+        firsts: await number(tensors.firsts),
+      },
+    };
+  } finally {
+    for (const [, tensor] of leaves(tensors)) tensor.dispose();
+  }
 }

@@ -2,7 +2,7 @@
 import { parseHTML } from "linkedom";
 import { describe, expect, test } from "vitest";
 import { exampleResults } from "../test/example.ts";
-import { spread, thinned } from "./figures.ts";
+import { spread, styleOf, thinned } from "./figures.ts";
 import { finding, renderReport } from "./report.ts";
 import type { Results } from "./results.ts";
 
@@ -21,7 +21,7 @@ describe("renderReport", () => {
   test("the same results give the same bytes", () => expect(renderReport(results)).toBe(html));
 
   test("the table has a row per router and baseline, the best is marked", () => {
-    const rows = [...document.querySelectorAll("tbody tr")];
+    const rows = [...(document.querySelector("tbody")?.querySelectorAll("tr") ?? [])];
     expect(rows.map((row) => row.querySelector("th")?.textContent?.trim())).toEqual([
       "topK",
       "switchRouter",
@@ -35,8 +35,8 @@ describe("renderReport", () => {
 
   test("every figure is drawn for a page and for a phone and says in words what it shows", () => {
     const labelled = [...document.querySelectorAll("svg[role=img]")];
-    // loss, domains, one heat map per router: twice each; four small figures once
-    expect(labelled.length).toBe(2 * (1 + 1 + 3) + 4);
+    // loss, domains, compute, load per router, co-activation of the two that have any: twice each; four small figures once
+    expect(labelled.length).toBe(2 * (1 + 1 + 1 + 3 + 2) + 4);
     for (const svg of labelled) expect(svg.getAttribute("aria-label")).toMatch(/\d/);
     expect(html).not.toContain("NaN");
   });
@@ -46,6 +46,28 @@ describe("renderReport", () => {
     const numbers = [...(map?.querySelectorAll('g[aria-label="text"] text') ?? [])].map((text) => text.textContent);
     const loads = results.runs[0]?.checkpoints.at(-1)?.layers.flatMap(({ load }) => load.flat()) ?? [];
     expect(numbers).toEqual(loads.map((share) => (share * 8).toFixed(1)));
+  });
+
+  test("the co-activation squares print the share of every pair in per cent, without the diagonal", () => {
+    const map = document.querySelector('svg[aria-label*="Co-activation of 8 experts for topK"]');
+    const numbers = [...(map?.querySelectorAll('g[aria-label="text"] text') ?? [])].map((text) => text.textContent);
+    const layers = results.runs[0]?.final.layers ?? [];
+    const shares = layers.flatMap(({ together }) => together.flatMap((row, a) => row.filter((_, b) => b !== a)));
+    expect(numbers.slice(0, shares.length)).toEqual(shares.map((share) => String(Math.round(100 * share))));
+    expect(numbers.slice(shares.length)).toEqual(["layer 1", "layer 2", "layer 3"]);
+    expect(document.querySelector("main")?.textContent).toContain("No token had two experts."); // switchRouter
+  });
+
+  test("compute per token is said by domain, and noise in a row per router", () => {
+    const figure = document.querySelector('svg[aria-label^="Experts per token by domain"]');
+    expect(figure?.getAttribute("aria-label")).toContain("switchRouter novel 1.00, speeches 1.00, code 1.00");
+    const rows = [...document.querySelectorAll("table")].at(-1)?.querySelectorAll("tbody tr") ?? [];
+    expect([...rows].map((row) => row.querySelector("td")?.textContent)).toEqual(["12 %", "14 %", "16 %"]);
+  });
+
+  test("three dozen routers are told apart by colour, dash and marker together", () => {
+    const looks = Array.from({ length: 36 }, (_, i) => JSON.stringify(styleOf(i)));
+    expect(new Set(looks).size).toBe(36);
   });
 
   test("the sample keeps its text, marks the prompt and knows each token's experts", () => {

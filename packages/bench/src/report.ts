@@ -1,5 +1,15 @@
 // One self-contained HTML file about a comparison: no network, light and dark, readable on a phone and without colour vision.
-import { domainFigure, loadFigure, lossFigure, routingFigures, type Style, styleOf, swatch } from "./figures.ts";
+import {
+  computeFigure,
+  domainFigure,
+  loadFigure,
+  lossFigure,
+  routingFigures,
+  type Style,
+  styleOf,
+  swatch,
+  togetherFigure,
+} from "./figures.ts";
 import type { OverSeeds, Results, RunResult, Sample, SampleToken } from "./results.ts";
 import { columns, shortCount } from "./summary.ts";
 
@@ -196,6 +206,7 @@ function sampleSpans(sample: Sample, layer: number): string {
 }
 
 const percent = (x: number): string => `${Math.round(100 * x)} %`;
+const mean = (values: readonly number[]): number => values.reduce((sum, x) => sum + x, 0) / Math.max(1, values.length);
 
 function duration(seconds: number): string {
   if (seconds < 90) return `${Math.round(seconds)} s`;
@@ -264,6 +275,36 @@ function factsHtml(facts: readonly (readonly [string, string])[]): string {
 const valueText = (value: string | number | readonly string[] | readonly number[]): string =>
   typeof value === "object" ? value.join(", ") : String(value);
 
+function togetherHtml(run: RunResult, head: string): string {
+  const { layers } = run.final;
+  const meet = layers.some(({ together }) => together.some((row, a) => row.some((share, b) => a !== b && share > 0)));
+  if (!meet) return `<figure>${head}<figcaption>No token had two experts.</figcaption></figure>`;
+  const used = layers.map(({ combinations }) => percent(combinations)).join(", ");
+  return (
+    `<figure>${head}${togetherFigure(run)}<figcaption>95 % of all meetings are reached after ${used} of the pairs ` +
+    "(layer by layer).</figcaption></figure>"
+  );
+}
+
+/** What noise changes, one row per router: means over the layers. */
+function noiseHtml(runs: readonly RunResult[], head: (router: string) => string): string {
+  const columns: readonly [string, (run: RunResult) => string][] = [
+    ["other experts", ({ final }) => percent(mean(final.layers.map(({ noised }) => noised.sets)))],
+    ["another first expert", ({ final }) => percent(mean(final.layers.map(({ noised }) => noised.firsts)))],
+    ["experts replaced, mean", ({ final }) => percent(mean(final.layers.map(({ noised }) => noised.overlap)))],
+    ["bits/byte, clean", ({ final }) => final.bitsPerByte.clean.toFixed(3)],
+    ["bits/byte, noised", ({ final }) => final.bitsPerByte.noised.toFixed(3)],
+  ];
+  const rows = runs.map(
+    (run) =>
+      `<tr><th scope="row">${head(run.router)}</th>${columns
+        .map(([title, text]) => `<td data-label="${title}"><span>${text(run)}</span></td>`)
+        .join("")}</tr>`,
+  );
+  const heads = columns.map(([title]) => `<th scope="col">${title}</th>`);
+  return `<table><thead><tr><th scope="col">router</th>${heads.join("")}</tr></thead><tbody>${rows.join("")}</tbody></table>`;
+}
+
 /** The report as one HTML document. Deterministic: the same results give the same bytes. */
 export function renderReport(results: Results): string {
   const routers = [...new Set(results.runs.map(({ router }) => router))];
@@ -272,17 +313,15 @@ export function renderReport(results: Results): string {
   const domainNames = results.domains.map(({ name }) => name);
   const [run] = firstRuns;
   const seeds = new Set(results.runs.map(({ seed }) => seed)).size;
-  const heading = (name: string): string => {
+  const named = (name: string): string => {
     const style = styles.get(name);
-    return `<h3>${style === undefined ? "" : swatch(style)} ${escapeHtml(name)}</h3>`;
+    return `${style === undefined ? "" : swatch(style)} ${escapeHtml(name)}`;
   };
+  const heading = (name: string): string => `<h3>${named(name)}</h3>`;
   const title = routers.length === 1 ? `Training with ${routers[0]}` : `${routers.length} routers compared`;
   const trained =
     run === undefined ? "" : ` ${run.steps} steps of ${shortCount(run.tokens / Math.max(1, run.steps))} tokens each`;
-  const legend = routers.map((name) => {
-    const style = styles.get(name);
-    return `<span>${style === undefined ? "" : swatch(style)} ${escapeHtml(name)}</span>`;
-  });
+  const legend = routers.map((name) => `<span>${named(name)}</span>`);
   const body =
     run === undefined
       ? ""
@@ -300,6 +339,15 @@ Dotted: byte models with Witten-Bell smoothing, trained and measured on the same
 <p>Load of each expert on held-out text of each domain, as a multiple of an even share: 1.0 is even, 0 is unused.
 Rows that differ within a layer show experts that took sides.</p>
 ${firstRuns.map((one) => `<figure>${heading(one.router)}${loadFigure(one, domainNames)}</figure>`).join("")}
+<h2>How much a token got</h2>
+<div class="legend">${legend.join("")}</div>
+<figure>${computeFigure(results)}
+<figcaption>Experts per token by domain at the end of training, mean over the layers. Routers that choose how many experts a token gets spend
+their compute here; null experts count as none.</figcaption></figure>
+<h2>Who works with whom</h2>
+<p>Of the tokens that the row's expert sees, how many per cent the column's expert sees too. One strong pair does one expert's work;
+even rows are experts that combine freely.</p>
+${firstRuns.map((one) => togetherHtml(one, heading(one.router))).join("")}
 <h2>How routing settled</h2>
 <div class="legend">${legend.join("")}</div>
 <div class="pair">${routingFigures(results)
@@ -307,6 +355,10 @@ ${firstRuns.map((one) => `<figure>${heading(one.router)}${loadFigure(one, domain
           .join("")}</div>
 <p class="note">On a fixed probe of held-out text, mean over the layers${seeds > 1 ? " and seeds; the bands span the seeds" : ""}.
 Fluctuation is the share of tokens whose experts changed since the checkpoint before.</p>
+<h2>How routing holds under noise</h2>
+<p>The same probe with one token in ${Math.round(1 / (run.final.noise || 1))} replaced by another one of its text, at the end of training. Counted are the tokens that were not
+replaced: their routes change because their surroundings did.</p>
+${noiseHtml(firstRuns, named)}
 <h2>Samples, coloured by expert</h2>
 <p>What each model writes after the underlined words, which it has not seen in training. A token's colour is its leading expert in the chosen
 layer; a button lights up the tokens of one expert. Known words are those that occur in the training text.</p>

@@ -16,6 +16,8 @@ export interface LayerRouting {
   readonly specialisation: number;
   /** Experts a token went to, mean. */
   readonly expertsPerToken: number;
+  /** The same for the tokens of each domain: [domain]. */
+  readonly expertsByDomain: readonly number[];
   /** Share of the probe tokens whose set of experts changed since the checkpoint before; absent at the first. */
   readonly fluctuation?: number;
 }
@@ -28,6 +30,32 @@ export interface CheckpointRecord {
   /** In the order of `domains`. */
   readonly perDomain: readonly number[];
   readonly layers: readonly LayerRouting[];
+}
+
+/** One MoE layer at the end of training, on the probe. */
+export interface FinalLayer {
+  /** Of the tokens that the first expert sees, the share that the second sees too: [expert][expert]; a dead expert's row is 0. */
+  readonly together: readonly (readonly number[])[];
+  /** Share of the pairs of experts, most frequent first, before 95 % of all meetings in a token are reached (2503.16057). */
+  readonly combinations: number;
+  /** How many tokens route differently when some others of their text are replaced. */
+  readonly noised: {
+    /** Share of the tokens whose set of experts is another one. */
+    readonly sets: number;
+    /** Mean share of a token's experts that are others. */
+    readonly overlap: number;
+    /** Share of the tokens whose first expert is another one. */
+    readonly firsts: number;
+  };
+}
+
+/** What is measured once, at the end of a run. */
+export interface FinalRouting {
+  /** Share of the tokens replaced in the noised probe. */
+  readonly noise: number;
+  /** Loss on the probe, and on the noised probe: same text to predict, some of the input replaced. */
+  readonly bitsPerByte: { readonly clean: number; readonly noised: number };
+  readonly layers: readonly FinalLayer[];
 }
 
 export interface SampleToken {
@@ -61,6 +89,7 @@ export interface RunResult {
   /** One entry per step: loss in bits per byte of that step's batch, and the learning rate. */
   readonly training: { readonly bitsPerByte: readonly number[]; readonly learningRate: readonly number[] };
   readonly checkpoints: readonly CheckpointRecord[];
+  readonly final: FinalRouting;
   readonly samples: readonly Sample[];
   /** The folder of the saved model, relative to the results. */
   readonly model: string;
@@ -84,6 +113,8 @@ export interface SummaryRow {
   readonly dead: OverSeeds;
   readonly entropy: OverSeeds;
   readonly fluctuation: OverSeeds;
+  /** Share of the tokens whose experts change under noise, mean over the layers. */
+  readonly noised: OverSeeds;
   readonly specialisation: OverSeeds;
 }
 
@@ -132,6 +163,7 @@ const layerRouting = v.object({
   dead: count,
   specialisation: share,
   expertsPerToken: size,
+  expertsByDomain: v.array(size),
   fluctuation: v.exactOptional(share),
 });
 
@@ -140,6 +172,18 @@ export const checkpointSchema: v.GenericSchema<CheckpointRecord> = v.object({
   bitsPerByte: size,
   perDomain: v.array(size),
   layers: v.array(layerRouting),
+});
+
+const final: v.GenericSchema<FinalRouting> = v.object({
+  noise: share,
+  bitsPerByte: v.object({ clean: size, noised: size }),
+  layers: v.array(
+    v.object({
+      together: v.array(v.array(share)),
+      combinations: share,
+      noised: v.object({ sets: share, overlap: share, firsts: share }),
+    }),
+  ),
 });
 
 const sample = v.object({
@@ -166,6 +210,7 @@ export const runSchema: v.GenericSchema<RunResult> = v.object({
   tokensPerSecond: size,
   training: v.object({ bitsPerByte: v.array(size), learningRate: v.array(size) }),
   checkpoints: v.array(checkpointSchema),
+  final,
   samples: v.array(sample),
   model: v.string(),
 });
@@ -193,6 +238,7 @@ export const resultsSchema: v.GenericSchema<Results> = v.object({
       dead: overSeeds,
       entropy: overSeeds,
       fluctuation: overSeeds,
+      noised: overSeeds,
       specialisation: overSeeds,
     }),
   ),

@@ -1,14 +1,15 @@
 // Steps for a time. The measuring itself is tested with the comparison.
 import { describe, expect, test } from "vitest";
-import type { TokenBatch } from "./batches.ts";
+import type { NoisedBatch, TokenBatch } from "./batches.ts";
 import { extrasOf, stepsThatFit } from "./speed.ts";
 
 const batches = (count: number) => Array.from({ length: count }, () => ({}) as TokenBatch);
-const prepared = { heldOut: { all: [batches(30), batches(10)], probe: [batches(3), batches(2)] } };
+const noised = [batches(3) as NoisedBatch[], batches(2) as NoisedBatch[]];
+const prepared = { heldOut: { all: [batches(30), batches(10)], probe: [batches(3), batches(2)], noised } };
 
-test("a run looks at all held-out text once and at the probe at every checkpoint, and writes a sample per domain", () => {
-  expect(extrasOf(prepared, { checkpoints: 4, sampleTokens: 50 })).toEqual({ batches: 40 + 5 * 5, tokens: 100 });
-  expect(extrasOf(prepared, {})).toEqual({ batches: 40 + 9 * 5, tokens: 200 });
+test("a run looks at all held-out text once, at the probe at every checkpoint, at clean and noised at the end, and writes a sample per domain", () => {
+  expect(extrasOf(prepared, { checkpoints: 4, sampleTokens: 50 })).toEqual({ batches: 40 + 5 * 5 + 10, tokens: 100 });
+  expect(extrasOf(prepared, {})).toEqual({ batches: 40 + 9 * 5 + 10, tokens: 200 });
 });
 
 describe("stepsThatFit", () => {

@@ -27,7 +27,11 @@ export async function measureSpeed(
   const speeds: Speed[] = [];
   for (const contender of contenders) {
     const subject = contender.subject(0, trainingBatches(prepared.streams, { ...training, seed: 0 }));
-    const run = startTrainer(engine, subject, training, 0, 1000);
+    const run = startTrainer(engine, subject, training, {
+      seed: 0,
+      totalSteps: 1000,
+      hooks: contender.hooks?.() ?? [],
+    });
     try {
       for (let warm = 0; warm < 2 && !signal?.aborted; warm++) await run.step();
       const steps: number[] = [];
@@ -65,7 +69,7 @@ export function extrasOf(
 ): Extras {
   const count = (list: HeldOut["all"]): number => list.reduce((sum, domain) => sum + domain.length, 0);
   return {
-    batches: count(heldOut.all) + (checkpoints + 1) * count(heldOut.probe),
+    batches: count(heldOut.all) + (checkpoints + 2) * count(heldOut.probe) + count(heldOut.noised),
     tokens: sampleTokens * heldOut.all.length,
   };
 }

@@ -36,6 +36,7 @@ export function summarise(runs: readonly RunResult[]): readonly SummaryRow[] {
       dead: over((run) => (run.checkpoints.at(-1)?.layers ?? []).reduce((sum, layer) => sum + layer.dead, 0)),
       entropy: over((run) => atTheEnd(run, (layer) => layer.entropy)),
       fluctuation: over(fluctuation),
+      noised: over(({ final }) => mean(final.layers.map((layer) => layer.noised.sets))),
       specialisation: over((run) => atTheEnd(run, (layer) => layer.specialisation)),
     };
   });
@@ -78,12 +79,12 @@ export const columns: readonly Column[] = [
     text: ({ parameters }) => `${shortCount(parameters.active)} / ${shortCount(parameters.total)}`,
   },
   {
-    title: "busiest expert",
+    title: "busiest",
     meaning: "Load of the busiest expert over the mean load, mean over the layers: 1 is perfect balance.",
     text: (row) => overSeedsText(row.imbalance, 2),
   },
   {
-    title: "dead experts",
+    title: "dead",
     meaning: "Experts, over all layers, that no token of the probe chose.",
     text: (row) => overSeedsText(row.dead, Number.isInteger(row.dead.mean) && row.dead.halfWidth === undefined ? 0 : 1),
   },
@@ -96,6 +97,12 @@ export const columns: readonly Column[] = [
     title: "fluctuation",
     meaning: "Share of tokens whose experts changed from one checkpoint to the next, mean over the training.",
     text: (row) => overSeedsText(row.fluctuation, 2),
+  },
+  {
+    title: "under noise",
+    meaning:
+      "Share of tokens whose experts change when one in twenty of the tokens around them is replaced, mean over the layers.",
+    text: (row) => overSeedsText(row.noised, 2),
   },
   {
     title: "specialisation",

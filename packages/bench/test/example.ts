@@ -50,6 +50,7 @@ function runOf(router: string, seed: number, at: number, layers: number): RunRes
         dead: at === 1 && i > 6 ? 1 : 0,
         specialisation: 0.01 * i + 0.02 * random(),
         expertsPerToken: router === "switchRouter" ? 1 : 2,
+        expertsByDomain: router === "reMoE" ? [1.6 + 0.2 * random(), 2, 2.3] : experts === 4 ? [1, 1, 1] : [2, 2, 2],
         ...(i === 0 ? {} : { fluctuation: 0.6 * Math.exp(-i / 4) + 0.1 * random() }),
       })),
     };
@@ -69,6 +70,17 @@ function runOf(router: string, seed: number, at: number, layers: number): RunRes
       learningRate: Array.from({ length: steps }, (_, step) => 0.004 * Math.min(1, step / 20)),
     },
     checkpoints,
+    final: {
+      noise: 0.05,
+      bitsPerByte: { clean: loss(steps), noised: loss(steps) + 0.2 },
+      layers: Array.from({ length: layers }, () => ({
+        together: Array.from({ length: experts }, (_, a) =>
+          Array.from({ length: experts }, (__, b) => (a === b ? 1 : experts === 4 ? 0 : random() ** 3)),
+        ),
+        combinations: experts === 4 ? 0 : 0.6 + 0.1 * random(),
+        noised: { sets: 0.12 + 0.02 * at, overlap: 0.07, firsts: 0.05 },
+      })),
+    },
     samples: [sampleOf(random, layers, experts, experts === 4 ? 1 : 2)],
     model: `${router}-seed${seed}`,
   };

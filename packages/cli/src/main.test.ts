@@ -57,6 +57,7 @@ async function run(args: readonly string[], stopAt?: RegExp): Promise<Ran> {
 }
 
 const tiny = ["--size", "tiny", "--threads", "1", "--out", path("runs")];
+const three = ["--router", "topK,switchRouter,reMoE"];
 const text = [path("tales.txt"), path("letters")];
 const results = (name: string): Results => parseResults(readFileSync(path("runs", name, "results.json"), "utf8"));
 const timeless = ({ runs, baselines, domains, settings: { threads: _, ...settings } }: Results): unknown => ({
@@ -76,7 +77,7 @@ beforeAll(() => {
 describe("train", () => {
   let whole: Ran;
   beforeAll(async () => {
-    whole = await run(["train", ...text, ...tiny, "--steps", "12", "--name", "whole"]);
+    whole = await run(["train", ...text, ...tiny, ...three, "--steps", "12", "--name", "whole"]);
   }, 120_000);
 
   test("ends well, with a table, a sample and where the report is", () => {
@@ -138,7 +139,7 @@ describe("train", () => {
 
   test("interrupted in two runs and resumed, it ends with the same numbers", async () => {
     const first = await run(
-      ["train", ...text, ...tiny, "--steps", "12", "--name", "stopped"],
+      ["train", ...text, ...tiny, ...three, "--steps", "12", "--name", "stopped"],
       /1\/3 topK seed 1 {2}step 5\//,
     );
     expect(first.code).toBe(130);

@@ -1,6 +1,7 @@
 // Every case computes what it says, on the reference backend at small sizes, and leaves nothing alive.
 import { type Engine, engine } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
+import type { Plan, RouterInput, RouterPlugin } from "@switchyard/core/moe";
 import { wasm } from "@switchyard/kernels/wasm";
 import { describe, expect, it } from "vitest";
 import { type Benchmark, compare, contender, relativeError, type Workload } from "../harness.ts";
@@ -18,6 +19,7 @@ import { denseProduct, productData } from "./dense-product.ts";
 import { groupedData, groupedProduct, loadSizes } from "./grouped-product.ts";
 import { layerGradientsData, moeLayerGradients } from "./moe-gradients.ts";
 import { denseLayer, type LayerCase, layerData, layerDispatch, moeLayer } from "./moe-layer.ts";
+import { identityExperts, routing } from "./routing.ts";
 import { languageModelData, trainingStep } from "./training-step.ts";
 
 const read = async (workload: Workload): Promise<ArrayLike<number>> => {
@@ -268,5 +270,68 @@ describe("training", () => {
     expect(Object.keys(params)).toHaveLength(1 + 2 * 9 + 2);
     expect(params["1.gateUp"]?.shape).toEqual([3, 8, 8]);
     for (const id of [...ids, ...labels]) expect(id >= 0 && id < 11).toBe(true);
+  });
+});
+
+describe("routing", () => {
+  const plugin = (plan: (input: RouterInput) => Plan): RouterPlugin => ({
+    name: "halves",
+    causal: { training: true, evaluation: true },
+    needs: ["tokenIds", "attention", "modalityIds"],
+    plans: ["sparse", "expert-choice", "merge"],
+    init: () => ({ params: {}, buffers: {}, route: (_, input) => ({ plan: plan(input), losses: {} }) }),
+  });
+  const size = { experts: 3, width: 4, tokens: 5 };
+  const x = noise(20, 1);
+
+  it("gives every token back, weighted as the plan says, whatever its kind", async () => {
+    const host = engine(cpu({ precision: 64 }));
+    const ids = Int32Array.of(0, 1, 2, 2, 0, 1, 1, -1, -1, -1);
+    const plans: readonly ((input: RouterInput) => Plan)[] = [
+      ({ hidden: { engine: on } }) => ({
+        kind: "sparse",
+        experts: on.tensor(ids, [5, 2]),
+        weights: on.tensor(new Float64Array(10).fill(0.5), [5, 2]),
+      }),
+      ({ hidden: { engine: on } }) => ({
+        kind: "merge",
+        groups: on.tensor(new Int32Array(5), [5]),
+        coefficients: [on.tensor(Float64Array.of(1, 0, 0), [1, 3])],
+      }),
+    ];
+    const shares = [
+      [1, 1, 1, 0.5, 0],
+      [1, 1, 1, 1, 1],
+    ];
+    for (const [i, plan] of plans.entries()) {
+      const workload = routing(host, { ...size, router: plugin(plan) });
+      const expected = Array.from(x, (value, at) => value * (shares[i]?.[Math.floor(at / 4)] ?? 0));
+      expect(relativeError(await read(workload), expected)).toBeLessThan(1e-12);
+      workload.dispose();
+      expect(host.live()).toBe(0);
+    }
+    expect(identityExperts(3).count).toBe(3);
+  });
+
+  it("hands the router token ids, modalities and a causal attention whose rows sum to 1", async () => {
+    const host = engine(cpu({ precision: 64 }));
+    const seen: { tokenIds: number; modalityIds: number; attention: number[] }[] = [];
+    const workload = routing(host, {
+      ...size,
+      router: plugin((input) => {
+        const rows = input.attention?.();
+        seen.push({
+          tokenIds: input.tokenIds?.size ?? 0,
+          modalityIds: input.modalityIds?.size ?? 0,
+          attention: [...(rows?.shape ?? [])],
+        });
+        const { engine: on } = input.hidden;
+        return { kind: "dense", weights: on.tensor(new Float64Array(15).fill(1 / 3), [5, 3]) };
+      }),
+    });
+    expect(relativeError(await read(workload), x)).toBeLessThan(1e-12);
+    expect(seen).toEqual([{ tokenIds: 5, modalityIds: 5, attention: [1, 8, 5, 5] }]);
+    workload.dispose();
+    expect(host.live()).toBe(0);
   });
 });
