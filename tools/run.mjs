@@ -19,6 +19,7 @@ const jobs = {
   lint: { script: [biome, "check", "."] },
   format: { script: [biome, "check", "--write", "."] },
   tables: { built: true, script: ["tools/tables.ts"] },
+  vectors: { built: true, script: ["tools/vectors.ts"] },
   release: { built: true, script: ["tools/release.ts"] },
   "bench:kernels": { built: true, script: ["apps/bench-kernels/src/main.ts"] },
   "bench:gpu": { built: true, script: ["apps/bench-gpu/src/main.ts"] },

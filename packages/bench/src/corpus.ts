@@ -146,9 +146,9 @@ export interface SplitOptions {
   readonly seed: number;
   /** Most bytes used of one corpus: whole files in an order that the seed decides, the last one cut; default 1.5 MB. */
   readonly limit?: number;
-  /** Bytes in a block; default 20 kB, less for a corpus of under ten blocks. */
+  /** Bytes in a block; default 10 kB, less for a corpus of under ten blocks. */
   readonly block?: number;
-  /** Share of the blocks held out; default 0.04, at least one block. */
+  /** Share of the blocks held out; default 0.02, at least one block. */
   readonly held?: number;
 }
 
@@ -181,7 +181,7 @@ function chosenText(
  * @throws UnsupportedError for a corpus of less than 2 kB, too little to train and measure on.
  */
 export function splitCorpora(corpora: readonly Corpus[], options: SplitOptions): readonly Domain[] {
-  const { seed, limit = 1_500_000, block = 20_000, held = 0.04 } = options;
+  const { seed, limit = 1_500_000, block = 10_000, held = 0.02 } = options;
   return distinctNames(corpora).map(({ name, texts }) => {
     const random = hostRandom(seed);
     const { text, files } = chosenText(texts, limit, random);

@@ -142,12 +142,12 @@ export interface Prepared {
 
 export const decodeText = (bytes: Uint8Array): string => new TextDecoder().decode(bytes);
 
-/** Encodes all text. `probeTokens`: about how many tokens of each domain the checkpoints look at; default 1024. */
+/** Encodes all text. `probeTokens`: about how many tokens of each domain the checkpoints look at; default 576. */
 export function prepare(
   domains: readonly Domain[],
   codec: Codec,
   { rows, length }: TrainingSettings,
-  probeTokens = 1024,
+  probeTokens = 576,
 ): Prepared {
   const encode = (blocks: readonly Uint8Array[]): Int32Array[] =>
     blocks.map((block) => codec.encode(decodeText(block)));

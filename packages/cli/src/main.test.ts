@@ -126,7 +126,7 @@ describe("train", () => {
 
   test("the saved models load, and the top-k one has the OLMoE layout", async () => {
     const host = engine(cpu());
-    const routers = routersFrom(["topK", "switchRouter", "reMoE"]).map(({ plugin }) => plugin);
+    const routers = (await routersFrom(["topK", "switchRouter", "reMoE"])).map(({ plugin }) => plugin);
     for (const name of ["topK", "switchRouter", "reMoE"]) {
       const folder = path("runs", "whole", `${name}-seed1`);
       const { model, tokenizer } = await loadModel(folder, { engine: host, routers });
@@ -289,7 +289,7 @@ describe("refusals are one line on standard error, with exit code 1, and leave n
     // So many seeds that no machine is fast enough.
     await refused(
       [...text, ...tiny, "--time", "1s", "--seeds", "100", "--name", "refused"],
-      "seconds are too short for 300 runs",
+      "seconds are too short for 500 runs",
     );
   });
 

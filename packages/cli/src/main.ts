@@ -20,12 +20,16 @@ export interface CommandLine {
 }
 
 const trainArgs = {
-  time: { type: "string", description: "Time for all runs together: 90s, 3m, 1h (default 3m)", valueHint: "TIME" },
+  time: {
+    type: "string",
+    description: "Time for all runs together: 90s, 3m, 1h (default 3m, more for more than five routers)",
+    valueHint: "TIME",
+  },
   steps: { type: "string", description: "Steps per run, instead of a time", valueHint: "N" },
   size: { type: "string", description: "tiny, small or base (default small)", valueHint: "SIZE" },
   router: {
     type: "string",
-    description: `Routers, separated by commas, options after colons: topK:k=1,reMoE (default ${defaultRouters.join(",")}; known: ${routerNames.join(", ")})`,
+    description: `Routers, separated by commas, options after colons, wrappers after plus signs: topK:k=1,reMoE+jitter; your own by ./file.ts or package; all: every one that fits (default ${defaultRouters.join(",")}; known: ${routerNames.join(", ")})`,
     valueHint: "A,B,C",
   },
   backend: {

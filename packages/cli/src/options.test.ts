@@ -5,9 +5,8 @@ import { checkArgs } from "./options.ts";
 
 test("defaults", () => {
   expect(checkArgs({})).toEqual({
-    time: 180,
     size: "small",
-    router: ["topK", "switchRouter", "reMoE"],
+    router: ["topK", "similarityAware", "attentionAware", "nullExperts", "expertRace"],
     backend: "wasm",
     seed: 1,
     seeds: 1,

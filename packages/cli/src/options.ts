@@ -43,7 +43,7 @@ const list: v.GenericSchema<string, string[]> = v.pipe(
 );
 
 const argsSchema = v.object({
-  time: v.optional(duration, "3m"),
+  time: v.optional(duration),
   steps: v.optional(whole(1)),
   size: v.optional(v.picklist(sizeNames, `takes ${sizeNames.join(", ")}`), "small"),
   router: v.optional(list, defaultRouters.join(",")),
@@ -91,6 +91,8 @@ export interface RunFile {
   readonly steps: number;
   /** SHA-256 of the text, as it was split. */
   readonly text: string;
+  /** SHA-256 of the files of routers that are not ours, by the router's label. */
+  readonly plugins?: Readonly<Record<string, string>>;
   /** Seconds of the run before it was resumed. */
   readonly seconds: number;
 }
@@ -109,5 +111,6 @@ export const runFileSchema: v.GenericSchema<RunFile> = v.object({
   }),
   steps: v.pipe(v.number(), v.integer(), v.minValue(1)),
   text: v.string(),
+  plugins: v.exactOptional(v.record(v.string(), v.string())),
   seconds: v.number(),
 });

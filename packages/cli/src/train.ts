@@ -47,8 +47,9 @@ import {
 } from "@switchyard/models";
 import { openBackend } from "./backends.ts";
 import { type RunFile, type RunSettings, runFileSchema, type TrainArgs } from "./options.ts";
-import { expertSizes, type NamedRouter, routersFrom } from "./routers.ts";
+import { allNamed, expertSizes, type NamedRouter, routersFrom } from "./routers.ts";
 import { type Size, sizes } from "./sizes.ts";
+import { parseSpecification } from "./specification.ts";
 import type { Display } from "./terminal.ts";
 
 export interface TrainContext {
@@ -96,6 +97,8 @@ function fingerprint(domains: readonly Domain[]): string {
 
 const runFileName = "run.json";
 
+const portable = (specification: string): string => parseSpecification(specification).portable;
+
 /** Where the run lives and what it was told, from the command line or from the run that is resumed. */
 function plan(
   args: TrainArgs,
@@ -124,8 +127,21 @@ function plan(
   }
   const { size, router: routers, backend, seed, seeds } = args;
   const where = paths.length === 0 ? {} : { paths: paths.map((path) => resolve(path)) };
-  return { folder, settings: { ...where, size, routers, backend, seed, seeds } };
+  return { folder, settings: { ...where, size, routers: allNamed(routers).map(portable), backend, seed, seeds } };
 }
+
+/** A resumed run must find the routers of files and packages as they were. */
+function samePlugins(routers: readonly NamedRouter[], { plugins = {} }: RunFile): void {
+  for (const { label, digest } of routers) {
+    if (digest === plugins[label]) continue;
+    throw new UnsupportedError(
+      `--resume: the file of router "${label}" has changed since this run was started; start a new run`,
+    );
+  }
+}
+
+/** Seconds for all runs where nothing is said: three minutes for up to five routers, and as much for each further one. */
+const defaultTime = (routers: number): number => 36 * Math.max(5, routers);
 
 /** "2026-01-02-0304": when it began, in local time. */
 function defaultName(now: Date): string {
@@ -144,10 +160,23 @@ function trainingOf(size: Size): TrainingSettings {
   };
 }
 
-function contenderOf(host: Engine, { label, plugin }: NamedRouter, size: Size, text: Tokenizer): Contender {
+/** How often each id occurs in the training text. */
+function countTokens(streams: readonly Int32Array[], vocabulary: number): Float64Array {
+  const counts = new Float64Array(vocabulary);
+  for (const stream of streams) for (const id of stream) counts[id] = (counts[id] ?? 0) + 1;
+  return counts;
+}
+
+function contenderOf(
+  host: Engine,
+  { label, plugin, hooks }: NamedRouter,
+  size: Size,
+  { text, tokenCounts }: { readonly text: Tokenizer; readonly tokenCounts: Float64Array },
+): Contender {
   const sized = expertSizes(plugin, size);
   const config = {
     vocabulary: text.vocabulary,
+    tokenCounts,
     width: size.width,
     layers: size.layers,
     heads: size.heads,
@@ -161,6 +190,7 @@ function contenderOf(host: Engine, { label, plugin }: NamedRouter, size: Size, t
   };
   const { total, active } = parameterCounts(config);
   return {
+    ...(hooks ? { hooks: () => hooks(size.layers) } : {}),
     name: label,
     ...sized,
     subject(seed, batch) {
@@ -214,7 +244,8 @@ function baselinesOf(domains: readonly Domain[]): readonly Baseline[] {
 export async function train(args: TrainArgs, paths: readonly string[], context: TrainContext): Promise<Outcome> {
   const started = performance.now();
   const { folder, settings, earlier } = plan(args, paths, new Date());
-  const routers = routersFrom(settings.routers);
+  const routers = await routersFrom(settings.routers);
+  if (earlier !== undefined) samePlugins(routers, earlier);
   const size: Size = sizes[settings.size];
   for (const { plugin } of routers) expertSizes(plugin, size);
   const corpora = corporaOf(settings, context);
@@ -286,19 +317,21 @@ async function inFolder(args: TrainArgs, context: TrainContext, job: Job): Promi
 
   const host = await openBackend(settings.backend, args.threads);
   try {
-    const contenders = routers.map((router) => contenderOf(host, router, size, words));
+    const tokenCounts = countTokens(prepared.streams, words.vocabulary);
+    const contenders = routers.map((router) => contenderOf(host, router, size, { text: words, tokenCounts }));
     const created = earlier?.created ?? new Date().toISOString();
     let steps = earlier?.steps ?? args.steps;
     if (steps === undefined) {
       display.note("Measuring the speed of each router ...");
       const speeds = await measureSpeed({ engine: host, contenders, training, signal }, prepared);
       if (signal.aborted) return { status: "stopped", folder };
-      steps = stepsThatFit(args.time - elapsed(), speeds, {
+      steps = stepsThatFit((args.time ?? defaultTime(routers.length)) - elapsed(), speeds, {
         seeds: seeds.length,
         extras: extrasOf(prepared, { sampleTokens }),
       });
     }
     display.note(`${routers.length * seeds.length} runs of ${steps} steps, ${size.rows} x ${size.length} tokens each`);
+    const plugins = Object.fromEntries(routers.flatMap(({ label, digest }) => (digest ? [[label, digest]] : [])));
     const runFile = (): RunFile => ({
       schema: "switchyard/run/1",
       name: basename(resolve(folder)),
@@ -306,6 +339,7 @@ async function inFolder(args: TrainArgs, context: TrainContext, job: Job): Promi
       settings,
       steps: steps ?? 0,
       text: job.text,
+      ...(Object.keys(plugins).length > 0 ? { plugins } : {}),
       seconds: elapsed(),
     });
     const write = (runs: readonly RunResult[], complete: boolean): Results => {

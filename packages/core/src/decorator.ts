@@ -67,6 +67,7 @@ export function decorator<C extends Wrapped>(
         return wrap(make(inner.tensor(data, shape, dtype)));
       },
       scope: (body) => runScope(inner.scopes, body) as never,
+      read: (x) => inner.read(content(x, "read")?.inner ?? x),
       give(x) {
         content(x, "give");
         if (!(x instanceof Stored)) return x;

@@ -299,3 +299,33 @@ describe("counted", () => {
     expect(e.live()).toBe(0);
   });
 });
+
+describe("read", () => {
+  it("copies at once what was computed, through decorators and from further in", () => {
+    const e = engine(cpu());
+    const outer = autodiff(counted(e));
+    e.scope(() => {
+      const x = of(e, 1, 2);
+      const found = e.read(x);
+      found[0] = 9; // a copy
+      expect([...e.read(mul(x, 2))]).toEqual([2, 4]);
+      const [y] = watch(outer, [x]);
+      expect([...outer.read(mul(y as Tensor, 3))]).toEqual([3, 6]);
+      expect([...outer.read(x)]).toEqual([1, 2]);
+      return undefined;
+    });
+    expect(e.live()).toBe(0);
+  });
+  it("is refused where the device cannot wait, and for what is gone or of another engine", () => {
+    const { downloadSync: _, ...backend } = cpu();
+    const device = engine(backend);
+    expect(device.canBlock).toBe(false);
+    expect(() => device.read(of(device, 1))).toThrow(UnsupportedError);
+    expect(() => device.read(of(device, 1))).toThrow("cannot wait for its results; await x.data()");
+    const e = engine(cpu());
+    const x = of(e, 1);
+    expect(() => engine(cpu()).read(x)).toThrow("belongs to engine cpu");
+    x.dispose();
+    expect(() => e.read(x)).toThrow("was disposed");
+  });
+});

@@ -12,6 +12,7 @@ export interface Engine {
   readonly level: number;
   /** The engine that owns the backend: constants are made there. */
   readonly root: Engine;
+  /** Whether `read` works: results may be waited for. */
   readonly canBlock: boolean;
   readonly scopes: Scopes;
   run<A>(op: Op<A>, inputs: readonly Tensor[], attrs: A): readonly Tensor[];
@@ -19,6 +20,12 @@ export interface Engine {
   tensor(data: TypedArray, shape: readonly number[], dtype?: DType): Tensor;
   /** Frees everything made inside but the tensors found in what is returned: plain records, lists and maps. Async bodies are rejected by the type. */
   scope<R>(body: () => R extends Promise<unknown> ? never : R): R;
+  /**
+   * Copies the elements to the host at once, row-major; the device finishes first what was asked of it. For what only the host can
+   * decide in the middle of a pass (`needs: ["host"]`); everything else reads with `x.data()`. Throws UnsupportedError unless
+   * `canBlock`.
+   */
+  read(x: Tensor): TypedArray;
   /** The caller will not use x again: its storage may be overwritten; later use throws. */
   give(x: Tensor): Tensor;
   // biome-ignore lint/suspicious/noExplicitAny: any op may be asked about
@@ -124,6 +131,14 @@ export function engine<H>(backend: Backend<H>): Engine {
     },
 
     scope: (body) => runScope(scopes, body) as never,
+
+    read(x) {
+      const stored = own({ name: "read" }, x, 0);
+      if (backend.downloadSync) return backend.downloadSync(operand(stored));
+      throw new UnsupportedError(
+        `read(${show(x)}): ${backend.name} cannot wait for its results; await x.data() between passes, or use a CPU backend`,
+      );
+    },
 
     give(x) {
       const stored = own({ name: "give" }, x, 0);

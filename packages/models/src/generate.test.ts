@@ -146,5 +146,9 @@ describe("generate", () => {
     const router: RouterPlugin = { ...plainTopK(2), name: "peeking", causal: { training: false, evaluation: false } };
     const peeking = transformer(on, { ...smallConfig, router }, random(on, 1));
     await expect(collect({ prompt: [1] }, peeking)).rejects.toThrow(/router peeking .* it can neither generate text/);
+    expect((await collect({ prompt: [1], maxNew: 3, allowNonCausal: true }, peeking)).ids).toHaveLength(3);
+    const allowed = transformer(on, { ...smallConfig, router, allowNonCausal: true }, random(on, 1));
+    expect((await collect({ prompt: [1], maxNew: 3 }, allowed)).ids).toHaveLength(3);
+    await expect(collect({ prompt: [1], allowNonCausal: false }, allowed)).rejects.toThrow(/it can neither generate/);
   });
 });

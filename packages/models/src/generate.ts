@@ -23,6 +23,11 @@ export interface GenerateOptions {
   readonly signal?: AbortSignal;
   /** false recomputes the whole sequence for each token; default true. */
   readonly cache?: boolean;
+  /**
+   * Accepts a router that looks at later tokens: while generating there are none, so it decides otherwise than in the text it was
+   * trained on. Default: what the model's config says.
+   */
+  readonly allowNonCausal?: boolean;
 }
 
 export interface GeneratedToken {
@@ -43,7 +48,7 @@ export async function* generate(
   model: Transformer,
   options: GenerateOptions,
 ): AsyncGenerator<GeneratedToken, void, undefined> {
-  const { tokenizer, seed = 0, stop = [], signal, cache: cached = true } = options;
+  const { tokenizer, seed = 0, stop = [], signal, cache: cached = true, allowNonCausal } = options;
   const { engine, config } = model;
   const ids = promptIds(options, config.vocabulary);
   if (ids.length > config.context) {
@@ -61,7 +66,10 @@ export async function* generate(
       const tensor = engine.tensor(Int32Array.from(input), [1, input.length]);
       let logits: Float64Array;
       try {
-        const y = await model.step(tensor, cache ? { cache } : {});
+        const y = await model.step(tensor, {
+          ...(cache ? { cache } : {}),
+          ...(allowNonCausal === undefined ? {} : { allowNonCausal }),
+        });
         try {
           logits = Float64Array.from(await y.data());
         } finally {

@@ -36,6 +36,8 @@ export interface ForwardOptions {
   /** Per row of the batch. */
   readonly override?: readonly (RoutingOverride | undefined)[];
   readonly trace?: RoutingTrace;
+  /** Accepts, for this call, a router that looks at later tokens; default: what the model's config says. */
+  readonly allowNonCausal?: boolean;
 }
 
 export interface Model {

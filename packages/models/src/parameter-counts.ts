@@ -1,6 +1,6 @@
 // Counting parameters without making any: routers are set up on a backend that knows shapes only.
 import { type Backend, engine, leaves, random } from "@switchyard/core";
-import { completeConfig, parameterShapes, type TransformerConfig } from "./transformer-config.ts";
+import { completeConfig, parameterShapes, type TransformerConfig, vocabularyOf } from "./transformer-config.ts";
 
 export interface ParameterCounts {
   readonly total: number;
@@ -33,7 +33,8 @@ export function parameterCounts(
   config: TransformerConfig,
   options: { readonly expertsPerToken?: number } = {},
 ): ParameterCounts {
-  const { router, width, experts: count, heads, layers } = completeConfig(config);
+  const complete = completeConfig(config);
+  const { router, width, experts: count, heads, layers } = complete;
   const sizes = [...parameterShapes(config)].map(([path, shape]) => [path, shape.reduce((n, d) => n * d, 1)] as const);
   const sum = (wanted: (path: string) => boolean): number =>
     sizes.reduce((total, [path, size]) => (wanted(path) ? total + size : total), 0);
@@ -50,6 +51,7 @@ export function parameterCounts(
         heads,
         layer,
         layers,
+        ...vocabularyOf(complete),
         random: random(host, 0),
         shared: <T>(key: string, make: () => T): T => {
           if (!shared.has(key)) shared.set(key, make());

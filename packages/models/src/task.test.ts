@@ -34,6 +34,23 @@ const start = (on: Engine, router = config.router): Trainer<TextBatch> => {
 };
 
 describe("training", () => {
+  it("refuses a router that looks ahead before anything changes, in one sentence, unless told otherwise", async () => {
+    const on = makeEngine();
+    const router = { ...plainTopK(2), name: "peeking", causal: { training: false, evaluation: true } };
+    const run = start(on, router);
+    const before = await readAll(run.params);
+    await expect(run.step()).rejects.toThrow(
+      "router peeking chooses experts by looking at later tokens, so training a language model on it leaks the future into the loss; " +
+        "use a causal router, or set allowNonCausal: true if that is wanted",
+    );
+    expect(run.steps).toBe(0);
+    expect(await readAll(run.params)).toEqual(before);
+    expect((await run.evaluate([batch(0)])).loss).toBeGreaterThan(0);
+    const told = transformer(on, { ...config, router, allowNonCausal: true }, random(on, 1));
+    const allowed = trainer(on, languageModelTask(told, { batch }), { optimiser: adamw({ learningRate: 0.01 }) });
+    expect((await allowed.step()).loss).toBeGreaterThan(0);
+  });
+
   it("learns to count, and then generates it with and without a cache", async () => {
     const on = makeEngine();
     const model = transformer(on, config, random(on, 1));

@@ -1,6 +1,6 @@
 // The sizes of a transformer: options with their defaults, what fits together, and the shapes of all parameters.
 import { ShapeError } from "@switchyard/core";
-import type { RouterPlugin } from "@switchyard/core/moe";
+import type { RouterContext, RouterPlugin } from "@switchyard/core/moe";
 
 export interface TransformerConfig {
   /** Number of token ids. */
@@ -33,32 +33,42 @@ export interface TransformerConfig {
   readonly clipQkv?: number | undefined;
   /** One matrix for input and output embeddings; default false. */
   readonly tieEmbeddings?: boolean;
-  /** Experts every token goes through, run as one of inner size sharedExperts * hidden (2401.06066); default 0. */
+  /** Experts every token goes through, run as one of inner size sharedExperts * hidden (2401.06066); default: what the router asks for. */
   readonly sharedExperts?: number;
   /**
    * Accepts routers whose choice for a token depends on later tokens. The loss is then better than what generation can
    * reach, because the routing tells about the future. Default false.
    */
   readonly allowNonCausal?: boolean;
+  /**
+   * Occurrences of each token id in the training text, `[vocabulary]`, for routers whose table follows them (hash,
+   * MaskMoE). Saved with the model.
+   */
+  readonly tokenCounts?: Float64Array | undefined;
 }
 
 /** `TransformerConfig` with every default filled in. */
-export type CompleteConfig = Required<Omit<TransformerConfig, "clipQkv">> & { readonly clipQkv: number | undefined };
+export type CompleteConfig = Required<Omit<TransformerConfig, "clipQkv" | "tokenCounts">> & {
+  readonly clipQkv: number | undefined;
+  readonly tokenCounts: Float64Array | undefined;
+};
 
 const defaults = {
   ropeTheta: 10000,
   normEps: 1e-5,
   qkNorm: false,
   tieEmbeddings: false,
-  sharedExperts: 0,
   allowNonCausal: false,
   clipQkv: undefined,
+  tokenCounts: undefined,
 } as const;
 
 /** Fills in the defaults. Throws ShapeError where sizes do not fit together. */
 export function completeConfig(config: TransformerConfig): CompleteConfig {
   const { width, heads } = config;
-  const complete: CompleteConfig = { kvHeads: heads, headSize: width / heads, ...defaults, ...config };
+  const asked = config.router.sharedExperts ?? 0;
+  const own = { kvHeads: heads, headSize: width / heads, sharedExperts: asked };
+  const complete: CompleteConfig = { ...defaults, ...own, ...config };
   const refuse = (why: string): never => {
     throw new ShapeError(`transformer: ${why}`);
   };
@@ -72,11 +82,27 @@ export function completeConfig(config: TransformerConfig): CompleteConfig {
   }
   if (heads % kvHeads !== 0) refuse(`${heads} heads cannot share ${kvHeads} heads of keys and values`);
   if (!Number.isInteger(sharedExperts) || sharedExperts < 0) refuse(`sharedExperts is ${sharedExperts}`);
+  if (asked > 0 && sharedExperts !== asked) {
+    refuse(`sharedExperts is ${sharedExperts}, but router ${config.router.name} asks for ${asked}; leave it out`);
+  }
   if (!(normEps >= 0)) refuse(`normEps is ${normEps}`);
   if (!(ropeTheta > 0)) refuse(`ropeTheta is ${ropeTheta}`);
   if (clipQkv !== undefined && !(clipQkv > 0)) refuse(`clipQkv is ${clipQkv}`);
+  const { tokenCounts, vocabulary } = complete;
+  if (tokenCounts && tokenCounts.length !== vocabulary) {
+    refuse(`tokenCounts has ${tokenCounts.length} entries, expected one for each of ${vocabulary} ids`);
+  }
   return complete;
 }
+
+/** What routers are told about the token ids. */
+export const vocabularyOf = ({
+  vocabulary,
+  tokenCounts,
+}: CompleteConfig): Pick<RouterContext, "vocabulary" | "tokenCounts"> => ({
+  vocabulary,
+  ...(tokenCounts ? { tokenCounts } : {}),
+});
 
 /** Shapes of all parameters but the routers', by their path in `params`. */
 export function parameterShapes(config: TransformerConfig): ReadonlyMap<string, readonly number[]> {

@@ -467,6 +467,20 @@ describe("refusals", () => {
     await expect(never.step(ids)).rejects.toThrow(/it can neither generate text/);
     const allowed = loudModel(on, { ...smallConfig, router: ahead, allowNonCausal: true });
     expect(() => allowed.forward(allowed.params, ids, { training: true })).not.toThrow();
+    expect(() => model.forward(model.params, ids, { training: true, allowNonCausal: true })).not.toThrow();
+    expect(() => allowed.forward(allowed.params, ids, { training: true, allowNonCausal: false })).toThrow(/leaks/);
+  });
+
+  it("routers that ask for shared experts, where the config says otherwise", () => {
+    const router = { ...plainTopK(2), name: "sharing", sharedExperts: 2 };
+    const model = loudModel(on, { ...smallConfig, router });
+    const shape = parameterShapes({ ...smallConfig, router }).get("layers.0.moe.shared.0.experts.down");
+    expect(shape).toEqual([1, smallConfig.width, 2 * smallConfig.hidden]);
+    expect(model.config.sharedExperts).toBe(2);
+    expect(() => loudModel(on, { ...smallConfig, router, sharedExperts: 2 })).not.toThrow();
+    expect(() => loudModel(on, { ...smallConfig, router, sharedExperts: 1 })).toThrow(
+      /sharedExperts is 1, but router sharing asks for 2; leave it out/,
+    );
   });
 
   it("routers that need more than text", () => {

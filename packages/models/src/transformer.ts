@@ -38,7 +38,13 @@ import {
 } from "@switchyard/core/moe";
 import { TransformerCache } from "./cache.ts";
 import type { Architecture, Checkpoint, ForwardOptions, KvCache, Model } from "./model.ts";
-import { type CompleteConfig, completeConfig, parameterShapes, type TransformerConfig } from "./transformer-config.ts";
+import {
+  type CompleteConfig,
+  completeConfig,
+  parameterShapes,
+  type TransformerConfig,
+  vocabularyOf,
+} from "./transformer-config.ts";
 import { branch, leaf, tensorsIn } from "./tree.ts";
 
 export interface TransformerOptions extends ForwardOptions {
@@ -158,6 +164,7 @@ export function buildTransformer(
       heads,
       layer,
       layers,
+      ...vocabularyOf(config),
       random: parts.random.at("router", layer),
       shared: <T>(key: string, make: () => T): T => {
         if (!shared.has(key)) shared.set(key, make());
@@ -211,8 +218,8 @@ function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transfo
   const { modules, params: ownParams, buffers: ownBuffers } = parts;
   const { router: plugin, clipQkv } = config;
 
-  const checkCausal = (training: boolean): void => {
-    if (config.allowNonCausal || (training ? plugin.causal.training : plugin.causal.evaluation)) return;
+  const checkCausal = (training: boolean, allowed: boolean): void => {
+    if (allowed || (training ? plugin.causal.training : plugin.causal.evaluation)) return;
     const use = training
       ? "training a language model on it leaks the future into the loss"
       : "it can neither generate text nor be judged as if it could";
@@ -240,8 +247,8 @@ function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transfo
     if (ids.shape.length !== 2 || ids.dtype !== "i32" || batch === undefined || sequence === undefined) {
       throw new ShapeError(`transformer: ids must be i32 [batch, sequence], found ${ids.dtype} [${ids.shape}]`);
     }
-    const { training = false, mask } = options;
-    checkCausal(training);
+    const { training = false, mask, allowNonCausal = config.allowNonCausal } = options;
+    checkCausal(training, allowNonCausal);
     const cache = checkCache(options.cache, batch);
     if (cache && training)
       throw new UnsupportedError("transformer: a cache is for inference; leave it out while training");

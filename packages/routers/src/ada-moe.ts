@@ -70,6 +70,7 @@ export function adaMoE(options: AdaMoEOptions): RouterPlugin {
     causal: { training: true, evaluation: true },
     needs: [],
     plans: ["sparse"],
+    gives: ["scores", "logits", "probabilities"],
     options: { k, nulls: nulls ?? null, nullInit, balance, balanceEachNull, zLoss },
     // At even loads; with a number of null experts it depends on that of real ones.
     ...(nulls === undefined ? { expertsPerToken: k / 3 } : {}),

@@ -70,6 +70,7 @@ export function attentionAware(options: AttentionAwareOptions): RouterPlugin {
     causal: { training: causal, evaluation: causal },
     needs: ["attention"],
     plans: ["sparse"],
+    gives: ["logits", "probabilities", "choices"],
     options: { ...common, headAggregation, entropyOver, detachAttention },
     expertsPerToken: k,
     init(context) {

@@ -99,6 +99,7 @@ export function deepSeekV2(options: DeepSeekV2Options): RouterPlugin {
     causal: { training: true, evaluation: true },
     needs: [],
     plans: ["sparse"],
+    gives: ["scores", "logits", "probabilities", "choices"],
     options: { k, groups, keptGroups, normalise, scale, ...weights },
     expertsPerToken: k,
     init(context) {

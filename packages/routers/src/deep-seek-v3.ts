@@ -112,6 +112,7 @@ export function deepSeekV3(options: DeepSeekV3Options): RouterPlugin {
     causal: { training: true, evaluation: true },
     needs: [],
     plans: ["sparse"],
+    gives: ["scores", "logits", "probabilities"],
     options: { k, groups, keptGroups, normalise, scale, rate, biasUntil, balance, hfCompat },
     expertsPerToken: k,
     init(context) {

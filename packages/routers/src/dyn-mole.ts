@@ -110,6 +110,7 @@ export function dynMoLE(options: DynMoLEOptions = {}): RouterPlugin {
     causal: { training: true, evaluation: true },
     needs: [],
     plans: ["sparse"],
+    gives: ["scores", "logits", "probabilities", "choices"],
     options: { ...set },
     init({ engine, experts, width, random }) {
       const bound = 1 / Math.sqrt(width);

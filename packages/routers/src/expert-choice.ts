@@ -72,6 +72,7 @@ export function expertChoice({ capacityFactor = 2, decoding = false }: ExpertCho
     causal: { training: false, evaluation: false },
     needs: [],
     plans: ["expert-choice"],
+    gives: ["scores", "logits", "probabilities"],
     options: { capacityFactor, decoding },
     expertsPerToken: capacityFactor,
     init: (context) => ({

@@ -114,6 +114,7 @@ export function expertRace(options: ExpertRaceOptions): RouterPlugin {
     },
     needs: target > 0 ? ["target"] : [],
     plans: ["sparse"],
+    gives: target > 0 ? ["logits", "probabilities"] : ["scores", "logits", "probabilities"],
     options: { ...complete, tau: tau ?? null },
     expertsPerToken: k,
     init: (context) => makeRouter(complete, context),

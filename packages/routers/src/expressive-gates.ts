@@ -134,6 +134,7 @@ export function expressiveGates(options: ExpressiveGatesOptions): RouterPlugin {
     causal: { training: true, evaluation: true },
     needs: [],
     plans: weights === "anneal" ? ["sparse", "dense"] : ["sparse"],
+    gives: ["scores", "logits", "probabilities", ...(weights === "anneal" ? [] : (["choices"] as const))],
     options: { k, gate, hidden, coordinate, scale, weights, warm, cold, balance, zLoss },
     expertsPerToken: k,
     init(context) {

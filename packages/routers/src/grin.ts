@@ -94,6 +94,7 @@ export function grin(options: GrinOptions = {}): RouterPlugin {
     causal: { training: true, evaluation: true },
     needs: [],
     plans: ["sparse"],
+    gives: ["scores", "logits", "probabilities", "choices"],
     options: { k, version, jitter, balance, zLoss },
     expertsPerToken: k,
     init(context) {

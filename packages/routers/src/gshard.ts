@@ -142,6 +142,7 @@ export function gshard(options: GShardOptions = {}): RouterPlugin {
     },
     needs: [],
     plans: ["sparse"],
+    gives: ["scores", "logits", "probabilities"],
     options: {
       second,
       evaluationSecond,

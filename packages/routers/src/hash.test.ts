@@ -1,4 +1,4 @@
-import { dispose } from "@switchyard/core";
+import { dispose, type Tensor } from "@switchyard/core";
 import { routerContext, routerInput, testRouter } from "@switchyard/testing";
 import { describe, expect, it } from "vitest";
 import { hashFamily } from "../test/families/classic.ts";
@@ -52,6 +52,17 @@ describe("hash", () => {
     const table = randomHash(5, 4, { seed: 0, layer: 0 });
     expect(experts).toEqual([table[3], table[1], table[3], -1, -1, table[4], table[1]]);
     expect(weights).toEqual([1, 1, 1, 0, 0, 1, 1]);
+  });
+  it("has an entry for every id of the model where no option says otherwise", () => {
+    const size = (options: HashOptions): number | undefined => {
+      const router = hash(options).init(routerContext(on, { vocabulary: 40 }));
+      const { table } = router.buffers as { table: Tensor };
+      dispose(router.buffers);
+      return table.shape[0];
+    };
+    expect(size({})).toBe(40);
+    expect(size({ vocabulary: 7 })).toBe(7);
+    expect(() => size({ table: "balanced" })).toThrow("vocabulary = 40, but the context has counts of 13 token ids");
   });
   it("tables differ by seed and by layer, and fill the experts about evenly", () => {
     const table = randomHash(4000, 8, { seed: 1, layer: 0 });

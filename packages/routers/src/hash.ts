@@ -9,7 +9,7 @@ import { checkWord, leaf, maskOf, type RouterCard } from "./parts.ts";
 export interface HashOptions {
   /** Default "random". "balanced" needs the token counts of the corpus in the router's context. */
   readonly table?: "random" | "balanced";
-  /** Token ids that have an expert, 0..vocabulary - 1; default: as many as the context has token counts. */
+  /** Token ids that have an expert, 0..vocabulary - 1; default: the vocabulary of the model. */
   readonly vocabulary?: number;
   /** Of the random table, a whole number of 32 bits; default 0. */
   readonly seed?: number;
@@ -51,6 +51,7 @@ export function hash(options: HashOptions = {}): RouterPlugin {
     causal: { training: true, evaluation: true },
     needs: ["tokenIds"],
     plans: ["sparse"],
+    gives: [],
     options: { table, vocabulary: vocabulary ?? null, seed },
     expertsPerToken: 1,
     init(context) {
@@ -61,10 +62,10 @@ export function hash(options: HashOptions = {}): RouterPlugin {
 }
 
 function tableOf(
-  { experts, layer, tokenCounts }: RouterContext,
+  { experts, layer, tokenCounts, vocabulary: known = tokenCounts?.length }: RouterContext,
   {
     table,
-    vocabulary = tokenCounts?.length,
+    vocabulary = known,
     seed,
   }: { readonly table: string; readonly vocabulary: number | undefined; readonly seed: number },
 ): Int32Array {

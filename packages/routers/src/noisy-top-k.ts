@@ -35,6 +35,7 @@ import {
   type RouterContext,
   type RouterInput,
   type RouterPlugin,
+  type SparsePlan,
   squaredCV,
 } from "@switchyard/core/moe";
 import { checkK, checkNotNegative, checkWord, leaf, maskOf, normalTensor, type RouterCard } from "./parts.ts";
@@ -78,19 +79,18 @@ export function noisyTopK(options: NoisyTopKOptions): RouterPlugin {
     const asked = { kind: "sparse", experts: ids, weights } as const;
     const plan = mask ? maskPlan(asked, mask) : asked;
 
-    const losses: Record<string, Loss> = {};
-    const unevenness = (x: Tensor): Tensor => squaredCV(x, { sample: sampleVariance });
-    if (training && importance !== 0) {
-      const [, experts = 0] = clean.shape;
-      losses.importance = {
-        value: unevenness(sum(scatterLast(plan.weights, plan.experts, experts), [0])),
-        weight: importance,
-      };
-    }
-    if (deviation && load !== 0) {
-      const value = unevenness(expectedLoad({ clean, noisy, deviation, k, ...(mask ? { mask } : {}) }));
-      losses.load = { value, weight: load };
-    }
+    const losses = training
+      ? noisyLosses({
+          clean,
+          noisy,
+          ...(deviation ? { deviation } : {}),
+          plan,
+          k,
+          ...(mask ? { mask } : {}),
+          weights: { importance, load },
+          sampleVariance,
+        })
+      : {};
     return { plan, logits: noisy, probabilities, losses };
   };
 
@@ -99,6 +99,7 @@ export function noisyTopK(options: NoisyTopKOptions): RouterPlugin {
     causal: { training: true, evaluation: true },
     needs: [],
     plans: ["sparse"],
+    gives: ["logits", "probabilities", "choices"],
     options: { k, noiseFloor, importance, load, sampleVariance, start },
     expertsPerToken: k,
     init(context: RouterContext) {
@@ -116,6 +117,32 @@ export function noisyTopK(options: NoisyTopKOptions): RouterPlugin {
 /** σ = softplus(hidden noiseᵀ) + floor: `[tokens, experts]` of hidden `[tokens, width]` and noise `[experts, width]`. */
 export function noiseDeviation(hidden: Tensor, noise: Tensor, floor = 0.01): Tensor {
   return add(softplus(linear(hidden, noise)), floor);
+}
+
+export interface NoisyLosses extends Omit<ExpectedLoad, "deviation"> {
+  /** Absent: without noise, where there is no expected load. */
+  readonly deviation?: Tensor;
+  /** Without padding. */
+  readonly plan: SparsePlan;
+  readonly weights: { readonly importance: number; readonly load: number };
+  /** Divides the variances by experts - 1. */
+  readonly sampleVariance: boolean;
+}
+
+/** CV² of importance and expected load (1701.06538, eqs. 6-11), each where its weight is not 0. */
+export function noisyLosses(options: NoisyLosses): Record<string, Loss> {
+  const { deviation, plan, weights, sampleVariance, ...rest } = options;
+  const [, experts = 0] = rest.clean.shape;
+  const unevenness = (x: Tensor): Tensor => squaredCV(x, { sample: sampleVariance });
+  const losses: Record<string, Loss> = {};
+  if (weights.importance !== 0) {
+    const value = unevenness(sum(scatterLast(plan.weights, plan.experts, experts), [0]));
+    losses.importance = { value, weight: weights.importance };
+  }
+  if (deviation && weights.load !== 0) {
+    losses.load = { value: unevenness(expectedLoad({ ...rest, deviation })), weight: weights.load };
+  }
+  return losses;
 }
 
 export interface ExpectedLoad {

@@ -83,6 +83,7 @@ export function nullExperts(options: NullExpertsOptions): RouterPlugin {
     causal: { training: true, evaluation: true },
     needs: [],
     plans: ["sparse"],
+    gives: ["scores", "logits", "probabilities"],
     options: { k, rho, balance, normalizeByK, zLoss, form },
     expertsPerToken: k * rho,
     init(context) {

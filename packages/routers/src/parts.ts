@@ -5,8 +5,6 @@ import { div, isTensor, maximum, mul, ShapeError, sum, type Tensor, type Tree } 
 import {
   idCounts,
   type Loss,
-  type Need,
-  type Plan,
   type RouterContext,
   type RouterInput,
   switchBalance,
@@ -14,28 +12,7 @@ import {
   zLoss,
 } from "@switchyard/core/moe";
 
-/** A router as plain data: its row in the README and what a reader asks first. */
-export interface RouterCard {
-  /** The name of the factory: `topK`. */
-  readonly name: string;
-  readonly title: string;
-  /** arXiv id. */
-  readonly paper: string;
-  /** Numbers, in the paper, of the equations implemented. */
-  readonly equations: string;
-  readonly needs: readonly Need[];
-  /** "yes", "no", or in which phase. */
-  readonly causal: string;
-  readonly plans: readonly Plan["kind"][];
-  /** Parameters and buffers added per layer. */
-  readonly params: string;
-  /** Per token, beside the experts that run. */
-  readonly cost: string;
-  /** What the paper reports. */
-  readonly claim: string;
-  /** Where the paper leaves something open, or this package departs from it. */
-  readonly ourChoices: readonly string[];
-}
+export type { RouterCard } from "@switchyard/core/moe";
 
 /** `weight [experts, width]`, N(0, deviation²); 0.02 is where Mixtral, OLMoE and Qwen start. */
 export function normalWeight({ engine, experts, width, random }: RouterContext, deviation = 0.02): Tensor {

@@ -1,5 +1,5 @@
 // ReMoE (2412.14711): a ReLU in place of top-k. Differentiable throughout; how many experts a token gets is learned.
-//   g = relu(x Wᵀ), y = Σ_e g_e E_e(x)                             section 3.1: no top-k, no normalisation
+//   g = relu(x Wᵀ), y = Σ_e g_e E_e(x)                             section 3.2: no top-k, no normalisation
 //   lambda ← lambda alpha while S < 1 - k/E, else lambda / alpha   section 3.3, after each step; S = share of idle pairs
 //   loss = lambda Σ_e f_e mean_t(g_te), f_e = E count_e / (k T)    section 3.4: L1, heavier on experts in use
 // The update compares with `<`, as the authors' code does; a sign() as in the text would keep lambda when both are equal.
@@ -82,6 +82,7 @@ export function reMoE({ k, lambda = 1e-8, alpha = 1.2 }: ReMoEOptions): RouterPl
     causal: { training: true, evaluation: true },
     needs: [],
     plans: ["sparse"],
+    gives: ["scores", "logits"],
     options: { k, lambda, alpha },
     expertsPerToken: k,
     init(context) {
@@ -127,7 +128,7 @@ export const card: RouterCard = {
   name: "reMoE",
   title: "ReMoE: ReLU routing",
   paper: "2412.14711",
-  equations: "sections 3.1, 3.3, 3.4",
+  equations: "sections 3.2-3.4",
   needs: [],
   causal: "yes",
   plans: ["sparse"],

@@ -89,6 +89,7 @@ export function similarityAware(options: SimilarityAwareOptions): RouterPlugin {
     causal: { training: causal, evaluation: causal },
     needs: [],
     plans: ["sparse"],
+    gives: ["logits", "probabilities", "choices"],
     options: {
       ...common,
       similarity,

@@ -1,4 +1,4 @@
-// Sinkhorn routing (S-BASE, 2202.01169, section 3.2), with the rules of Megatron-LM: in training, tokens choose from a
+// Sinkhorn routing (S-BASE, 2202.01169), with the rules of Megatron-LM: in training, tokens choose from a
 // plan that gives every token and every expert the same mass; in evaluation they take their best experts.
 //   A = exp(x Wᵀ), T tokens, E experts; d1 = 1; repeat, until the mean |change of d1| is at most a tolerance:
 //     d0 = (1/T) / (A d1 + 1e-8), d1 = (1/E) / (Aᵀ d0 + 1e-8)
@@ -82,6 +82,7 @@ export function sinkhorn(options: SinkhornOptions): RouterPlugin {
     causal: { training: false, evaluation: true },
     needs: [],
     plans: ["sparse"],
+    gives: ["scores", "logits", "probabilities"],
     options: { k, iterations, tolerance, zLoss },
     expertsPerToken: k,
     init(context) {
@@ -151,7 +152,7 @@ export const card: RouterCard = {
   name: "sinkhorn",
   title: "Sinkhorn: balanced assignment by optimal transport (S-BASE)",
   paper: "2202.01169",
-  equations: "section 3.2, as Megatron-LM computes it",
+  equations: "S-BASE, as Megatron-LM computes it",
   needs: [],
   causal: "evaluation",
   plans: ["sparse"],

@@ -98,6 +98,7 @@ export function softMoE({
     causal: { training: false, evaluation: false },
     needs: [],
     plans: ["slots"],
+    gives: ["scores", "probabilities"],
     options: { slots, normalise, scale, decoding },
     init(context) {
       const { engine, experts, width } = context;

@@ -62,12 +62,14 @@ export function switchRouter(options: SwitchOptions = {}): RouterPlugin {
     return { ...decided, plan: limited.plan, metrics: { dropped: limited.dropped } };
   };
 
+  const drops = [capacityFactor, evaluationCapacityFactor].some((factor) => factor !== Number.POSITIVE_INFINITY);
   const saved = (factor: number): number | null => (factor === Number.POSITIVE_INFINITY ? null : factor);
   return {
     name: "switchRouter",
     causal: { training: true, evaluation: true },
     needs: [],
     plans: ["sparse"],
+    gives: ["scores", "logits", "probabilities", ...(drops ? [] : (["choices"] as const))],
     options: {
       capacityFactor: saved(capacityFactor),
       evaluationCapacityFactor: saved(evaluationCapacityFactor),

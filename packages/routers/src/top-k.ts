@@ -4,7 +4,7 @@
 //   softmax-topk               w = p_chosen                    OLMoE, DeepSeek-V2, Qwen1.5-MoE
 //   topk-softmax               w = softmax(l_chosen)           gpt-oss; in numbers the same as the first
 //   sigmoid                    s = sigmoid(l), w = s_chosen / sum(s_chosen)
-// topP (2403.07652, section 2): of the sorted p, the shortest prefix whose sum reaches topP; a variable number of experts.
+// topP (2403.07652): of the sorted p, the shortest prefix whose sum reaches topP; a variable number of experts.
 // With k = 1 only softmax-topk lets the gate learn: a single weight divided by itself is always 1.
 import {
   cumsum,
@@ -100,6 +100,7 @@ export function topK(options: TopKOptions): RouterPlugin {
     causal: { training: true, evaluation: true },
     needs: [],
     plans: ["sparse"],
+    gives: ["scores", "logits", "probabilities", "choices"],
     options: { k, order, topP: topP ?? null, bias, balance, normalizeByK, zLoss },
     ...(topP === undefined ? { expertsPerToken: k } : {}),
     init(context: RouterContext) {
@@ -153,7 +154,7 @@ export const card: RouterCard = {
   name: "topK",
   title: "Top-k token choice, top-p and sigmoid gates",
   paper: "2401.04088",
-  equations: "section 2.1; topP: 2403.07652, section 2",
+  equations: "section 2.1; topP: 2403.07652",
   needs: [],
   causal: "yes",
   plans: ["sparse"],

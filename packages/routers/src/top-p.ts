@@ -1,7 +1,7 @@
 // Top-p routing (2403.07652): harder tokens get more experts. Of the probabilities in falling order, a token keeps the
 // shortest prefix whose sum reaches p.
-//   P = softmax(x Wᵀ); n = the least number with Σ of the n largest P >= p; w = P_chosen          eqs. 3-5
-//   L = balance E Σ f P + entropy mean_t H(P_t)     eqs. 6-8: without the entropy, P flattens and every expert is kept
+//   P = softmax(x Wᵀ); n = the least number with Σ of the n largest P >= p; w = P_chosen
+//   L = balance E Σ f P + entropy mean_t H(P_t): without the entropy, P flattens and every expert is kept
 import {
   cumsum,
   div,
@@ -78,6 +78,7 @@ export function topP(options: TopPOptions = {}): RouterPlugin {
     causal: { training: true, evaluation: true },
     needs: [],
     plans: ["sparse"],
+    gives: ["scores", "logits", "probabilities", "choices"],
     options: { p, most: most ?? null, renormalise, balance, entropy, zLoss },
     init(context) {
       if (most !== undefined) checkMost(most, context.experts);
@@ -104,7 +105,7 @@ export const card: RouterCard = {
   name: "topP",
   title: "Top-p: as many experts as the token needs",
   paper: "2403.07652",
-  equations: "3-8",
+  equations: "the choice by cumulative probability, the balance and the entropy loss",
   needs: [],
   causal: "yes",
   plans: ["sparse"],

@@ -142,6 +142,8 @@ export function xMoE(options: XMoEOptions = {}): RouterPlugin {
     causal: { training: true, evaluation: true },
     needs: [],
     plans: ["sparse"],
+    gives:
+      variant === "paper" ? ["logits", "probabilities", "choices"] : ["scores", "logits", "probabilities", "choices"],
     options: { k, variant, gate, dimension: dimension ?? null, temperature, balance, balanceTemperature, frozen },
     expertsPerToken: k,
     init(context) {

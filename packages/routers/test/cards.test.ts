@@ -45,7 +45,9 @@ describe.each(files)("%s", (file) => {
       card.name
         .replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)
         .replace("mo-e", "moe")
-        .replace("mo-l-e", "mole"),
+        .replace("s-moe", "smoe")
+        .replace("mo-l-e", "mole")
+        .replace("-f-f-d", "-ffd"),
     );
   });
 });

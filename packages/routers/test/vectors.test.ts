@@ -1,7 +1,9 @@
 import { readdirSync } from "node:fs";
+import { engine } from "@switchyard/core";
+import { cpu } from "@switchyard/core/cpu";
 import { describe, expect, it } from "vitest";
 import { families } from "./families/index.ts";
-import { float64, readVectors, unmet } from "./vectors.ts";
+import { differences, float32Tolerance, float64, readVectors, unmet } from "./vectors.ts";
 
 const files = readdirSync(new URL("fixtures", import.meta.url)).map((name) => name.replace(".json", ""));
 
@@ -13,6 +15,16 @@ describe.each(files)("vectors %s", (file) => {
     expect(cases.length).toBeGreaterThan(0);
     for (const one of cases)
       expect(Object.keys(await run(one, float64())).sort()).toEqual(Object.keys(one.expected).sort());
+  });
+  // On wasm, which the routers' tests cannot reach, `npm run vectors` and its test do the same.
+  it("hold in float32 too", async () => {
+    if (!run) throw new Error("no case");
+    for (const one of cases) {
+      const found = await run(one, engine(cpu()));
+      for (const [name, value] of Object.entries(one.expected)) {
+        expect(differences(value, found[name], float32Tolerance(value)), `${one.id} ${name}`).toEqual([]);
+      }
+    }
   });
   it("can fail", async () => {
     const [one] = cases;

@@ -115,6 +115,12 @@ export function sparse({ plan }: Routed): { readonly experts: Tensor; readonly w
   return plan;
 }
 
+/** What float32 is allowed: 1e-5 of the largest magnitude in the array. */
+export function float32Tolerance(expected: Values): Vectors["tolerance"] {
+  const largest = flat(expected).reduce((top, x) => (Number.isFinite(x) ? Math.max(top, Math.abs(x)) : top), 0);
+  return { abs: 1e-5 * largest, rel: 0 };
+}
+
 /** Differences between what was found and what is expected, as lines; empty when they meet. */
 export function differences(expected: Values, found: Values | undefined, tolerance: Vectors["tolerance"]): string[] {
   if (found === undefined) return ["nothing was computed under this name"];
@@ -123,9 +129,8 @@ export function differences(expected: Values, found: Values | undefined, toleran
   const values = flat(found);
   return flat(expected).flatMap((value, i) => {
     const error = Math.abs((values[i] ?? Number.NaN) - value);
-    return values[i] === value || error <= tolerance.abs + tolerance.rel * Math.abs(value)
-      ? []
-      : [`entry ${i}: ${values[i]}, expected ${value}`];
+    const bound = Number.isFinite(value) ? tolerance.abs + tolerance.rel * Math.abs(value) : 0;
+    return Object.is(values[i], value) || error <= bound ? [] : [`entry ${i}: ${values[i]}, expected ${value}`];
   });
 }
 
@@ -157,15 +162,15 @@ const expectedBeside: Readonly<Record<string, readonly string[]>> = {
  * stands in `expected.gates.sigmoid` or `gates.expected.sigmoid` is expected as "gates.sigmoid".
  */
 export function parseVectors(text: string, name: string): Vectors {
-  const infinite: Readonly<Record<string, number>> = {
-    "-Infinity": Number.NEGATIVE_INFINITY,
-    "-inf": Number.NEGATIVE_INFINITY,
-    Infinity: Number.POSITIVE_INFINITY,
-    inf: Number.POSITIVE_INFINITY,
-    NaN: Number.NaN,
-  };
+  const infinite = new Map([
+    ["-Infinity", Number.NEGATIVE_INFINITY],
+    ["-inf", Number.NEGATIVE_INFINITY],
+    ["Infinity", Number.POSITIVE_INFINITY],
+    ["inf", Number.POSITIVE_INFINITY],
+    ["NaN", Number.NaN],
+  ]);
   const file: Vectors | KindVectors = JSON.parse(text, (_, value) =>
-    typeof value === "string" ? (infinite[value] ?? value) : value,
+    typeof value === "string" ? (infinite.get(value) ?? value) : value,
   );
   if (!("paper" in file)) {
     return { ...file, cases: file.cases.map((one) => ({ ...one, expected: flattened(one.expected) })) };

@@ -12,10 +12,12 @@ export {
 } from "./arrays.ts";
 export { backendCases, primitiveNames, primitivesOnly, uncoveredKernels } from "./backend-cases.ts";
 export type { BackendCase } from "./cases/case.ts";
+export { type ExpertsCase, type ExpertsOptions, type ExpertsSuite, expertsCases } from "./experts-cases.ts";
 export { type GradientCheckOptions, type GradientReport, gradientCheck, type WorstEntry } from "./gradient-check.ts";
 export type { WeightRule } from "./router-answer.ts";
 export { type RouterCase, type RouterSizes, type RouterSuite, routerCases } from "./router-cases.ts";
 export { type RouterCall, routerContext, routerInput } from "./router-input.ts";
 export type { Skip } from "./skip.ts";
 export { type BackendSuite, testBackend } from "./test-backend.ts";
+export { testExperts } from "./test-experts.ts";
 export { testRouter } from "./test-router.ts";

@@ -1,7 +1,7 @@
 // What every router owes to the layer around it, as data: cases that throw. testRouter runs them in vitest.
 import { dispose, type Engine, engine as engineOf, leaves, mapTree, random, type Tree } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
-import { glu, moe, type Router, type RouterInput, type RouterPlugin } from "@switchyard/core/moe";
+import { glu, moe, pluginFault, type Router, type RouterInput, type RouterPlugin } from "@switchyard/core/moe";
 import { assertClose, generator, type HostArray, ints, type Tolerance, uniform } from "./arrays.ts";
 import { download } from "./cases/case.ts";
 import * as oracle from "./oracles.ts";
@@ -98,11 +98,14 @@ export function routerCases(suite: RouterSuite): readonly RouterCase[] {
   const kit = makeKit(suite);
   return [
     ...formCases(kit),
+    ...giftCases(kit),
     ...determinismCases(kit),
     ...symmetryCases(kit),
+    ...sampleCases(kit),
     ...paddingCases(kit),
     ...causalityCases(kit),
     ...learningCases(kit),
+    ...checkpointCases(kit),
     ...edgeCases(kit),
   ];
 }
@@ -173,15 +176,11 @@ function formCases({ suite, sizes, tokens, tolerance, make, route, input, hidden
       }
     }),
     make("the plugin describes itself", async ({ plugin }) => {
-      if (plugin.name === "" || plugin.plans.length === 0) throw new Error("a plugin needs a name and a plan kind");
-      const { options, expertsPerToken } = plugin;
+      const fault = pluginFault(plugin);
+      if (fault !== undefined) throw new Error(fault);
+      const { options } = plugin;
       if (options && JSON.stringify(JSON.parse(JSON.stringify(options))) !== JSON.stringify(options))
         throw new Error("plugin.options does not survive JSON");
-      for (const [name, value] of Object.entries(options ?? {}))
-        if (value === undefined || (typeof value === "number" && !Number.isFinite(value)))
-          throw new Error(`plugin.options.${name} is ${value}, which JSON cannot hold`);
-      if (expertsPerToken !== undefined && !(expertsPerToken > 0 && Number.isFinite(expertsPerToken)))
-        throw new Error(`plugin.expertsPerToken is ${expertsPerToken}`);
     }),
     make("a layer with this router adds up its experts", async (subject) => {
       const { engine, router, experts: count } = subject;
@@ -210,6 +209,75 @@ function formCases({ suite, sizes, tokens, tolerance, make, route, input, hidden
     }),
   ];
 }
+
+// ---------------------------------------------------------------- what wrappers build on
+function giftCases({ sizes, sample, make, route, hidden }: Kit): RouterCase[] {
+  const { gives } = sample.plugin;
+  return [
+    make(
+      "what wrappers build on is there",
+      async (subject) => {
+        const { plugin, router } = subject;
+        const declared = new Set(plugin.gives);
+        const halves = router.score !== undefined && router.select !== undefined;
+        if (declared.has("scores") !== halves)
+          throw new Error(
+            halves
+              ? 'the router has score and select, so gives must list "scores"'
+              : 'gives lists "scores", and the router lacks score or select',
+          );
+        for (const [mode, training] of modes) {
+          const answer = await route(subject, { training, hidden: hidden("gifts") });
+          for (const name of ["logits", "probabilities"] as const)
+            if (declared.has(name) && !answer.has(name))
+              throw new Error(`gives lists "${name}", and there are none in ${mode}`);
+          if (declared.has("probabilities")) {
+            const { shape, data } = array(answer, "probabilities");
+            const columns = shape[1] ?? 0;
+            for (let i = 0; i < data.length; i += columns) {
+              const row = [...data.subarray(i, i + columns)];
+              if (!obeys("sum to 1", row))
+                throw new Error(`${mode}: probabilities [${row.join(", ")}] of token ${i / columns} do not sum to 1`);
+            }
+          }
+          if (declared.has("choices")) await checkChoices(subject, mode, training);
+          for (const loss of ["balance", "zLoss"] as const) {
+            const weight = plugin.options?.[loss];
+            if (answer.has(`loss ${loss}`) && !(typeof weight === "number" && weight > 0) && !wrapped(plugin))
+              throw new Error(`there is a loss "${loss}", so options.${loss} must be its weight; found ${weight}`);
+          }
+        }
+      },
+      { reason: gives ? undefined : "the plugin declares nothing that wrappers may build on (RouterPlugin.gives)" },
+    ),
+  ];
+
+  /** What a token chose does not depend on other sequences. */
+  async function checkChoices(subject: Subject, mode: string, training: boolean): Promise<void> {
+    const call = { training, hidden: hidden("gifts") };
+    const idsOf = async (own: Call): Promise<HostArray> => {
+      const answer = await route(subject, own);
+      if (kindOf(answer) !== "sparse")
+        throw new Error(`${mode}: gives lists "choices", and the plan is "${kindOf(answer)}", not "sparse"`);
+      return array(answer, "plan sparse experts");
+    };
+    const first = await idsOf(call);
+    const k = first.shape[1] ?? 0;
+    for (let row = 0; row < sizes.batch; row++) {
+      const inRow = (token: number): boolean => Math.floor(token / sizes.sequence) === row;
+      const second = await idsOf({ ...call, hidden: repainted(call.hidden, inRow) });
+      const i = first.data.findIndex((id, slot) => !inRow(Math.floor(slot / k)) && id !== second.data[slot]);
+      if (i >= 0)
+        throw new Error(
+          `${mode}: gives lists "choices", but another sequence in row ${row} changed an expert of token ` +
+            `${Math.floor(i / k)} from ${first.data[i]} to ${second.data[i]}`,
+        );
+    }
+  }
+}
+
+/** Whether the options are those of a wrapper: the losses may then be of the router inside. */
+const wrapped = ({ options }: RouterPlugin): boolean => typeof options?.router === "object";
 
 // ---------------------------------------------------------------- determinism
 function determinismCases({ sample, make, route, input, hidden }: Kit): RouterCase[] {
@@ -269,10 +337,14 @@ function symmetryCases({ sizes, tokens, tolerance, make, route, input, hidden }:
       const order = Array.from({ length: n }, (_, e) => (e + 2) % n);
       const call = { hidden: hidden("permute") };
       const plain = await route(subject, call);
+      // Null experts stand behind the real ones and stay; a size that is also the width says nothing about experts.
+      const all = loads(plain, n);
+      const longer = Array.from({ length: all }, (_, e) => order[e] ?? e);
       const permute = async (tree: Tree): Promise<Tree> => {
         const found = await readTree(tree, "");
         return mapTree(tree, (_, path) => {
-          const x = permuted(array(found, `.${path}`), n, order);
+          const moved = permuted(array(found, `.${path}`), n, order);
+          const x = all > n && all !== sizes.width ? permuted(moved, all, longer) : moved;
           return engine.tensor(x.data, x.shape);
         });
       };
@@ -289,6 +361,35 @@ function symmetryCases({ sizes, tokens, tolerance, make, route, input, hidden }:
       sameLosses(plain, answer, tolerance);
     }),
   ];
+}
+
+// ---------------------------------------------------------------- samples
+function sampleCases({ sizes, tokens, sample, make, route, hidden }: Kit): RouterCase[] {
+  return modes.map(([mode, training]) =>
+    make(
+      `${mode}: all tokens of a sample go to the same experts`,
+      async (subject) => {
+        const met = assignments(
+          await route(subject, { training, hidden: hidden("samples") }),
+          tokens,
+          sizes.experts,
+          true,
+        );
+        const columns = met.shape[1] ?? 0;
+        for (let token = 0; token < tokens; token++) {
+          const first = token - (token % sizes.sequence);
+          for (let i = 0; i < columns; i++) {
+            if (met.data[token * columns + i] !== met.data[first * columns + i])
+              throw new Error(
+                `token ${token - first} of row ${first / sizes.sequence} and the first one of it meet other experts, ` +
+                  "and the plugin declares perSample",
+              );
+          }
+        }
+      },
+      { reason: sample.plugin.perSample ? undefined : "the plugin does not declare perSample" },
+    ),
+  );
 }
 
 function sameLosses(expected: Answer, found: Answer, tolerance: Tolerance): void {
@@ -380,19 +481,25 @@ function causalityCases({ sizes, tokens, tolerance, sample, make, route, input, 
       `${mode}: never looks ahead`,
       async (subject) => {
         const call = { training, hidden: hidden("causal") };
-        const first = assignments(await route(subject, call), tokens, sizes.experts);
+        const look = async (own: Call): Promise<readonly [HostArray, HostArray]> => {
+          const answer = await route(subject, own);
+          return [assignments(answer, tokens, sizes.experts), assignments(answer, tokens, sizes.experts, true)];
+        };
+        const [first, met] = await look(call);
         const columns = first.shape[1] ?? 0;
         for (let row = 0; row < sizes.batch; row++)
           for (let t = 0; t + 1 < sizes.sequence; t++) {
             const [start, from, end] = [row * sizes.sequence, row * sizes.sequence + t + 1, (row + 1) * sizes.sequence];
             const changed = repainted(call.hidden, (token) => token >= from && token < end);
-            const second = assignments(await route(subject, { ...call, hidden: changed }), tokens, sizes.experts);
-            for (let i = start * columns; i < from * columns; i++)
+            const [second, meets] = await look({ ...call, hidden: changed });
+            const what = `changing tokens from ${t + 1} on in row ${row} changed`;
+            for (let i = start * columns; i < from * columns; i++) {
+              const token = Math.floor(i / columns) - start;
               if (!Object.is(first.data[i], second.data[i]))
-                throw new Error(
-                  `changing tokens from ${t + 1} on in row ${row} changed the weight of token ` +
-                    `${Math.floor(i / columns) - start}: ${first.data[i]} became ${second.data[i]}`,
-                );
+                throw new Error(`${what} the weight of token ${token}: ${first.data[i]} became ${second.data[i]}`);
+              if ((met.data[i] !== 0) !== (meets.data[i] !== 0))
+                throw new Error(`${what} whether token ${token} meets an expert`);
+            }
           }
       },
       { reason: causal[mode] ? undefined : `the plugin declares that it is not causal in ${mode}` },
@@ -428,6 +535,16 @@ function causalityCases({ sizes, tokens, tolerance, sample, make, route, input, 
   return [...ahead, decoding];
 }
 
+const metricsOf = (answer: Answer): Readonly<Record<string, Float64Array>> =>
+  Object.fromEntries(
+    [...answer].flatMap(([name, x]) =>
+      name.startsWith("metric ") ? [[name.slice(7), Float64Array.from(x.data)]] : [],
+    ),
+  );
+/** Real and null experts: how many loads `afterStep` is told. */
+const loads = (answer: Answer, experts: number): number =>
+  Math.max((answer.get("probabilities") ?? answer.get("logits"))?.shape[1] ?? 0, experts);
+
 // ---------------------------------------------------------------- learning
 function learningCases({ sizes, tokens, sample, make, route, input, hidden, check }: Kit): RouterCase[] {
   return [
@@ -444,16 +561,12 @@ function learningCases({ sizes, tokens, sample, make, route, input, hidden, chec
         const answer = await route(subject, { training: true, hidden: hidden("step") });
         const met = assignments(answer, tokens, sizes.experts, true);
         const own = (met.shape[1] ?? 0) / sizes.experts;
-        const load = new Float64Array(sizes.experts);
+        const load = new Float64Array(loads(answer, sizes.experts));
         met.data.forEach((value, i) => {
           const e = Math.floor(i / own) % sizes.experts;
           load[e] = (load[e] ?? 0) + Number(value !== 0);
         });
-        const metrics = Object.fromEntries(
-          [...answer].flatMap(([name, x]) =>
-            name.startsWith("metric ") ? [[name.slice(7), Float64Array.from(x.data)]] : [],
-          ),
-        );
+        const metrics = metricsOf(answer);
         const old = await readTree(router.buffers, "buffers");
         const checkBuffers = (fresh: Answer, when: string): void => {
           if ([...old.keys()].join() !== [...fresh.keys()].join())
@@ -483,13 +596,77 @@ function learningCases({ sizes, tokens, sample, make, route, input, hidden, chec
         checkBuffers(await readTree(next, "buffers"), "after a step");
         check(subject, await route(subject, { training: true, step: 1, hidden: hidden("step"), buffers: next }));
         free(next);
-        const idle = after({ tokens: 0, load: new Float64Array(sizes.experts) });
+        const idle = after({ tokens: 0, load: new Float64Array(load.length) });
         checkBuffers(await readTree(idle, "buffers"), "after a step without tokens");
         free(idle);
         sameBits(old, await readTree(router.buffers, "buffers"), "the old buffers");
       },
       { reason: sample.router.afterStep ? undefined : "the router has no afterStep" },
     ),
+  ];
+}
+
+// ---------------------------------------------------------------- checkpoints
+function checkpointCases({ sizes, make, route, input, hidden }: Kit): RouterCase[] {
+  return [
+    make("parameters and buffers survive save and load", async (subject) => {
+      const { engine, plugin, router, experts } = subject;
+      // As a file holds them: by path, floats as f32.
+      const saved = async (tree: Tree, what: string): Promise<Answer> => {
+        const paths = leaves(tree).map(([path]) => path);
+        const twice = paths.find((path, i) => paths.indexOf(path) !== i);
+        if (twice !== undefined)
+          throw new Error(`two ${what} have the path "${twice}", so a file cannot tell them apart`);
+        return new Map(
+          [...(await readTree(tree, ""))].map(([path, x]) => [
+            path,
+            x.data instanceof Float64Array ? { ...x, data: Float64Array.from(Float32Array.from(x.data)) } : x,
+          ]),
+        );
+      };
+      const loaded = (tree: Tree, from: Answer): Tree =>
+        mapTree(tree, (own, path) => {
+          const x = array(from, `.${path}`);
+          if (x.shape.join() !== own.shape.join())
+            throw new Error(`${path} is [${own.shape.join(", ")}], what was saved is [${x.shape.join(", ")}]`);
+          return engine.tensor(x.data, x.shape);
+        });
+      const stepped = (own: Router, buffers: Tree, answer: Answer): Tree => {
+        const load = Float64Array.from({ length: loads(answer, experts) }, (_, e) => 1 + e);
+        const statistics = { step: 3, totalSteps: 10, tokens: sizes.experts, load, metrics: metricsOf(answer) };
+        return own.afterStep ? own.afterStep([statistics, { ...statistics }], buffers) : buffers;
+      };
+      const freed = (tree: Tree, but: Tree): void => {
+        const kept = new Set(leaves(but).map(([, x]) => x));
+        for (const [, x] of leaves(tree)) if (!kept.has(x)) x.dispose();
+      };
+      // Used first: what a router keeps beside its parameters and buffers is not in the file.
+      const used = await route(subject, { training: true, hidden: hidden("before saving") });
+      const next = engine.scope(() => stepped(router, router.buffers, used));
+      const files = { params: await saved(router.params, "parameters"), buffers: await saved(next, "buffers") };
+      freed(next, router.buffers);
+
+      const answerAfter = async (own: Router): Promise<Answer> => {
+        const trees = { params: loaded(own.params, files.params), buffers: loaded(own.buffers, files.buffers) };
+        const found = new Map<string, HostArray>();
+        for (const [mode, training] of modes) {
+          const call = { training, hidden: hidden("after loading"), buffers: trees.buffers };
+          const answer = await read(engine.scope(() => answerOf(own.route(trees.params, input(subject, call)))));
+          for (const [name, x] of answer) found.set(`${mode}: ${name}`, x);
+        }
+        const after = engine.scope(() => stepped(own, trees.buffers, used));
+        for (const [path, x] of await readTree(after, "after the next step")) found.set(path, x);
+        freed(after, trees.buffers);
+        dispose([trees.params, trees.buffers]);
+        return found;
+      };
+      const one = await answerAfter(router);
+      const context = routerContext(engine, { experts, width: sizes.width, seed: 99 });
+      const other = plugin.init(context);
+      const two = await answerAfter(other);
+      dispose([other.params, other.buffers]);
+      sameBits(one, two, "a router made anew, with what was saved");
+    }),
   ];
 }
 

@@ -7,7 +7,8 @@ import { readSkips, type Skip } from "./skip.ts";
  * Defines a describe block that holds a router to what the layer around it expects: ids in range, finite weights that
  * obey the documented rule, one answer per seed, symmetry under permutation of the experts, padding that changes
  * nothing, no look ahead where the plugin says so, decoding that equals the whole sequence, gradients that agree with
- * central differences, buffers that survive a step, no tokens, one expert, k = all experts, no handle left alive. Cases
+ * central differences, buffers that survive a step, a state that survives save and load, declarations for wrappers
+ * that are true, no tokens, one expert, k = all experts, no handle left alive. Cases
  * that do not concern a router are skipped with the reason.
  *
  * @example

@@ -1,24 +1,17 @@
 // Expert sets: gated (glu) and plain (ffn) feed-forward experts with stacked parameters, run by grouped matmuls.
 import type { Engine } from "../engine.ts";
 import { ShapeError, UnsupportedError } from "../errors.ts";
-import { add, affine, gelu, mul, relu, silu, square, swiglu } from "../ops/elementwise.ts";
+import { add, affine, mul, square, swiglu } from "../ops/elementwise.ts";
 import { dispatch, groupedMatmul, moeExperts } from "../ops/experts.ts";
 import { matmul } from "../ops/matmul.ts";
 import { addRows, takeRows } from "../ops/rows.ts";
-import { full, reshape, slice } from "../ops/shape.ts";
+import { reshape, slice } from "../ops/shape.ts";
 import type { Random } from "../random.ts";
 import { isTensor, leaves, mapTree, show, type Tensor, type Tree } from "../tensor.ts";
-import { child } from "./parts.ts";
+import { activations, biasRows, child } from "./parts.ts";
 import type { Experts, MergePlan, Observe } from "./plan.ts";
 
 export type Activation = "silu" | "gelu" | "gelu-tanh" | "relu";
-
-const activations: { readonly [A in Activation]: (x: Tensor) => Tensor } = {
-  silu,
-  gelu: (x) => gelu(x),
-  "gelu-tanh": (x) => gelu(x, { approximate: "tanh" }),
-  relu,
-};
 
 /** New parameters (normal, standard deviation 1/sqrt(inputs)) or given ones, such as a checkpoint's. */
 export type Initial = { readonly engine: Engine; readonly random: Random } | { readonly params: Tree };
@@ -164,11 +157,6 @@ export function mixParameters(
   }
   const { rows, ends } = dispatch(reshape(plan.groups, [tokens, 1]), { count: groups, bound: tokens });
   return addRows(run(mixture, takeRows(hidden, rows), ends), rows, tokens);
-}
-
-// The bias [experts, out] of each row's expert, zero beyond the last block: a grouped product with a column of ones.
-function biasRows(bias: Tensor, ends: Tensor, n: number): Tensor {
-  return groupedMatmul(full(bias, [n, 1], 1), reshape(bias, [...bias.shape, 1]), ends); // [n, out]
 }
 
 function initial(

@@ -1,6 +1,6 @@
 // Routing change against loops over sets, and its edges.
 import { expect, test } from "vitest";
-import { routingChange } from "./fluctuation.ts";
+import { routingChange, routingHistory } from "./fluctuation.ts";
 import { close, float64, floats, ids, numbers } from "./moe.test-util.ts";
 
 const e = float64();
@@ -65,4 +65,38 @@ test("refuses lists of other tokens", () => {
     "routingChange: ids are i32 [1, 1] and i32 [2, 1]; expected i32 [tokens, k] of the same tokens",
   );
   expect(() => routingChange(two, two, { experts: 2, mask: floats(e, [1], [1]) })).toThrow(/the mask is f32 \[1\]/);
+});
+
+test("saturation compares with the last checkpoint, the change rate with the next one", async () => {
+  const rows = [
+    [
+      [0, 1],
+      [2, 3],
+    ],
+    [
+      [1, 2],
+      [2, 3],
+    ],
+    [
+      [1, 3],
+      [3, 2],
+    ],
+  ];
+  const run = async (tokens: number, mask?: readonly number[]): Promise<readonly number[][]> => {
+    const { saturation, changeRate } = routingHistory(
+      rows.map((one) => ids(e, one.flat(), [tokens, 2])),
+      { experts: 4, ...(mask ? { mask: floats(e, mask, [tokens]) } : {}) },
+    );
+    const all = async (list: typeof saturation) => (await Promise.all(list.map(numbers))).flat();
+    return [await all(saturation), await all(changeRate)];
+  };
+  expect(await run(2)).toEqual([
+    [0.75, 0.75, 1],
+    [0.25, 0.25],
+  ]);
+  expect(await run(2, [1, 0])).toEqual([
+    [0.5, 0.5, 1],
+    [0.5, 0.5],
+  ]);
+  expect(() => routingHistory([], { experts: 2 })).toThrow("no checkpoints");
 });

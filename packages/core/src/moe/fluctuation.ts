@@ -1,7 +1,7 @@
 // How much two routings of the same tokens differ: between two checkpoints of one run (routing fluctuation, as
 // StableMoE 2204.08396 and Graph of Tokens 2505.00792 look at it), or between a clean and a noisy input at one.
 import { ShapeError } from "../errors.ts";
-import { add, div, less, maximum, mul, neg, square, where } from "../ops/elementwise.ts";
+import { add, affine, div, less, maximum, mul, neg, square, where } from "../ops/elementwise.ts";
 import { sum } from "../ops/reduce.ts";
 import { scatterLast } from "../ops/rows.ts";
 import { constant, reshape, slice } from "../ops/shape.ts";
@@ -12,7 +12,7 @@ import { filled, inside } from "./parts.ts";
 export interface RoutingChange {
   /** Share of the tokens whose set of experts is another one: the headline rate. */
   readonly sets: Tensor;
-  /** Mean over the tokens of 1 - |K ∩ K'| / k, k the larger of the two sets. */
+  /** Mean over the tokens of 1 - |K ∩ K'| / k, k the larger of the two sets: the router change rate of 2505.10860. */
   readonly overlap: Tensor;
   /** Share of the tokens whose first expert is another one. */
   readonly firsts: Tensor;
@@ -55,4 +55,29 @@ export function routingChange(
     overlap: share(div(add(larger, neg(size(mul(a, b)))), maximum(larger, 1))),
     firsts: share(differ(first(before), first(after))),
   };
+}
+
+/** How routing settled over the checkpoints of a run, each entry []. */
+export interface RoutingHistory {
+  /** Router saturation at each checkpoint: mean over the tokens of |K ∩ K_final| / k; 1 at the last. */
+  readonly saturation: readonly Tensor[];
+  /** Router change rate between each checkpoint and the next: mean of 1 - |K ∩ K_next| / k; one entry less. */
+  readonly changeRate: readonly Tensor[];
+}
+
+/**
+ * Router saturation (2409.02060) and router change rate (2505.10860) of the same tokens' experts at several checkpoints, i32 `[tokens, k]`
+ * each, in order of training; the rest as in `routingChange`. Throws ShapeError without a checkpoint.
+ */
+export function routingHistory(
+  checkpoints: readonly Tensor[],
+  options: { readonly experts: number; readonly mask?: Tensor },
+): RoutingHistory {
+  const last = checkpoints.at(-1);
+  if (last === undefined) throw new ShapeError("routingHistory: no checkpoints; give the experts of at least one");
+  const saturation = checkpoints.map((ids) =>
+    affine(routingChange(ids, last, options).overlap, { scale: -1, shift: 1 }),
+  );
+  const changeRate = checkpoints.slice(1).map((ids, i) => routingChange(checkpoints[i] ?? ids, ids, options).overlap);
+  return { saturation, changeRate };
 }

@@ -1,6 +1,7 @@
 // The public surface of @switchyard/core/moe: plans, dispatch, experts, layers, capacity, losses, metrics.
 export * from "./capacity.ts";
 export * from "./co-activation.ts";
+export * from "./define-router.ts";
 export * from "./dispatch.ts";
 export * from "./experts.ts";
 export * from "./fluctuation.ts";

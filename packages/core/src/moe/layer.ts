@@ -84,13 +84,23 @@ export function moeLayer(
       `it needs results on the host inside a step, and ${context.engine.name} cannot block; use a CPU backend or another router`,
     );
   }
+  const asked = plugin.sharedExperts ?? 0;
+  if (asked > 0 && !parts.shared?.length) {
+    refuse(`it asks for ${asked} shared expert${asked > 1 ? "s" : ""}, and the layer has none; pass them as shared`);
+  }
   const merges = plugin.needs.includes("mixedExperts") || plugin.plans.every((kind) => kind === "merge");
   if (merges && experts.mixed === undefined) refuse(unmixable);
+  if (experts.spatial && !plugin.perSample) {
+    refuse(
+      "these experts see whole images, and it routes token by token; use a router that sends all tokens of an image to the same " +
+        'experts, such as moeFFD({ level: "image" }), or experts that see single tokens, such as glu()',
+    );
+  }
   return { router: plugin.init(context), ...parts };
 }
 
 const unmixable =
-  'its "merge" plan mixes the experts\' parameters, and these experts have no mixed(); use glu() or ffn()';
+  'its "merge" plan mixes the experts\' parameters, and these experts have no mixed(); use glu(), ffn(), lora() or adapter()';
 
 /**
  * The input of a layer used by itself: `hidden [tokens, width]` as one sequence, in evaluation, seed 0, the router's first buffers; `more`

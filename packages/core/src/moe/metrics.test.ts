@@ -3,7 +3,7 @@ import { expect, test } from "vitest";
 import { autodiff, grad, watch } from "../autodiff.ts";
 import { mul } from "../ops/elementwise.ts";
 import { sum } from "../ops/reduce.ts";
-import { expertImportance, expertLoad, routingMetrics, untouchedTokens } from "./metrics.ts";
+import { expertImportance, expertLoad, jainIndex, routingMetrics, untouchedTokens } from "./metrics.ts";
 import { close, float64, floats, ids, numbers } from "./moe.test-util.ts";
 import type { DensePlan, ExpertChoicePlan, Plan, SparsePlan } from "./plan.ts";
 
@@ -42,6 +42,11 @@ test("load", async () => {
   expect(await load(choice, { experts: 1 })).toEqual([1]);
   close(await load(slots, { experts: 2 }), [1.3, 1.7]);
   expect(await load(merge, { experts: 2 })).toEqual([0.5, 1.5]);
+  const levels = {
+    ...merge,
+    coefficients: [floats(e, [1, 0, 0.25, 0.75], [2, 2]), floats(e, [1, 0, 0.5, 0.5], [2, 2])],
+  };
+  expect(await load(levels, { experts: 4 })).toEqual([0.25, 0.25, 0.75, 0.75]);
   const none: Plan = { kind: "sparse", experts: ids(e, [], [0, 2]), weights: floats(e, [], [0, 2]) };
   expect(await load(none, { experts: 2 })).toEqual([0, 0]);
 });
@@ -81,4 +86,15 @@ test("routing metrics leave no gradient behind and know entropy only from probab
     "load",
     "untouched",
   ]);
+});
+
+test("Jain's index goes from one in E to 1, whatever the number of tokens", async () => {
+  const index = async (load: readonly number[]) => (await numbers(jainIndex(floats(e, load, [load.length]))))[0];
+  expect(await index([5, 5, 5])).toBeCloseTo(1, 12);
+  expect(await index([0, 7, 0, 0])).toBeCloseTo(1 / 4, 12);
+  expect(await index([1, 2, 3])).toBeCloseTo(36 / (3 * 14), 12);
+  expect(await index([10, 20, 30])).toBeCloseTo(36 / (3 * 14), 12);
+  expect(await index([4])).toBe(1);
+  expect(await index([0, 0])).toBe(0);
+  expect(await index([])).toBe(0);
 });

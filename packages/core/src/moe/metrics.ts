@@ -1,5 +1,5 @@
 // What routing did in one layer, as small tensors without gradient: they stay on the device until the step's one transfer.
-import { less, mul, stopGradient, where } from "../ops/elementwise.ts";
+import { div, less, mul, square, stopGradient, where } from "../ops/elementwise.ts";
 import { maxLast, sum } from "../ops/reduce.ts";
 import { addRows, takeRows } from "../ops/rows.ts";
 import { constant, pad, reshape, slice } from "../ops/shape.ts";
@@ -19,7 +19,7 @@ interface Sizes {
 
 /**
  * Tokens per expert, f32 `[experts + nulls]`. A dense plan sends every token to every expert; slots and merge plans are soft, and
- * there each token counts once, shared out by its combine weights or coefficients (of the first expert mode).
+ * there each token counts once, shared out by its combine weights or coefficients (with several expert modes, their products; the last mode counts fastest).
  */
 export function expertLoad(plan: Plan, { experts, nulls = 0, mask }: Sizes): Tensor {
   const total = experts + nulls;
@@ -39,9 +39,13 @@ export function expertLoad(plan: Plan, { experts, nulls = 0, mask }: Sizes): Ten
       return fit(sum(reshape(perSlot, [experts, slots / experts]), [1]), total);
     }
     case "merge": {
-      const [first] = plan.coefficients;
+      const [first, ...others] = plan.coefficients;
       if (first === undefined) return filled(plan.groups, [total], 0);
-      return fit(sum(takeRows(stopGradient(first), plan.groups), [0]), total);
+      const shares = others.reduce((a, b) => {
+        const [[groups = 0, m = 0], [, n = 0]] = [a.shape, b.shape];
+        return reshape(mul(reshape(a, [groups, m, 1]), reshape(b, [groups, 1, n])), [groups, m * n]);
+      }, first);
+      return fit(sum(takeRows(stopGradient(shares), plan.groups), [0]), total);
     }
     default:
       return plan satisfies never;
@@ -61,6 +65,16 @@ export function expertImportance(
   }
   if (plan.kind === "dense") return fit(sum(weights, [0]), total);
   return fit(sum(where(less(-1, plan.tokens), weights, 0), [1]), total);
+}
+
+/**
+ * Jain's index of `load [experts]`, []: (Σ l)² / (E Σ l²), from 1 / E (one expert has everything) to 1 (all alike); 0 without load. How
+ * 2505.10860 measures the utilisation of experts.
+ */
+export function jainIndex(load: Tensor): Tensor {
+  const squares = sum(square(load));
+  const spread = mul(squares, Math.max(load.size, 1));
+  return div(square(sum(load)), where(less(0, squares), spread, 1));
 }
 
 /** How many real tokens no real expert sees, []. Dense, slots and merge plans leave none out. */

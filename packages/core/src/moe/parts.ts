@@ -1,9 +1,23 @@
-// Small pieces that the files of this folder share: constants, ids and the check of a plan's shapes. Not exported by the package.
+// Small pieces that expert sets and the files of this folder share: activations, biases, constants, ids and the check of a plan's shapes. Not exported by the package.
 import { ShapeError } from "../errors.ts";
-import { less, mul } from "../ops/elementwise.ts";
-import { hostConstant } from "../ops/shape.ts";
+import { gelu, less, mul, relu, silu } from "../ops/elementwise.ts";
+import { groupedMatmul } from "../ops/experts.ts";
+import { full, hostConstant, reshape } from "../ops/shape.ts";
 import { isTensor, show, sizeOf, type Tensor, type Tree } from "../tensor.ts";
+import type { Activation } from "./experts.ts";
 import type { DensePlan, ExpertChoicePlan, SparsePlan } from "./plan.ts";
+
+export const activations: { readonly [A in Activation]: (x: Tensor) => Tensor } = {
+  silu,
+  gelu: (x) => gelu(x),
+  "gelu-tanh": (x) => gelu(x, { approximate: "tanh" }),
+  relu,
+};
+
+/** The bias `[experts, out]` of each row's expert, zero beyond the last block: a grouped product with a column of ones. */
+export function biasRows(bias: Tensor, ends: Tensor, n: number): Tensor {
+  return groupedMatmul(full(bias, [n, 1], 1), reshape(bias, [...bias.shape, 1]), ends); // [n, out]
+}
 
 /** An f32 constant on the engine of `like`, whatever the dtype of that. */
 export function filled(like: Tensor, shape: readonly number[], value: number): Tensor {

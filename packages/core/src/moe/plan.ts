@@ -150,6 +150,9 @@ export interface RouterContext {
   readonly layer: number;
   readonly layers: number;
   readonly random: Random;
+  /** Number of token ids, where the model has any. */
+  readonly vocabulary?: number;
+  /** Occurrences of each token id in the corpus, `[vocabulary]`: for tables that a router makes before training. */
   readonly tokenCounts?: Float64Array;
   /** One per model, whichever layer asks first makes it: RMoE's GRU, ReMoE's lambda. */
   shared<T>(key: string, make: () => T): T;
@@ -184,6 +187,15 @@ export interface Router {
   afterStep?(layers: readonly StepStatistics[], buffers: Tree): Tree;
 }
 
+/**
+ * What a router lets wrappers build on:
+ * - "scores": it has the halves `score` and `select`;
+ * - "logits", "probabilities": every decision carries them, the latter with rows that sum to 1;
+ * - "choices": `plan.experts` names what each token chose by these probabilities whatever other sequences do, nothing
+ *   dropped and nothing evened out: what a balance loss counts.
+ */
+export type Gift = "scores" | "logits" | "probabilities" | "choices";
+
 /** What `topK({ k: 2 })` returns: options are bound, sizes are not known yet. */
 export interface RouterPlugin {
   readonly name: string;
@@ -191,7 +203,16 @@ export interface RouterPlugin {
   readonly causal: { readonly training: boolean; readonly evaluation: boolean };
   readonly needs: readonly Need[];
   readonly plans: readonly Plan["kind"][];
-  /** What the plugin was made with, every default filled in: saved with a checkpoint and compared when one is loaded. */
+  /** Whether all tokens of a row of the batch go to the same experts, as experts that see whole images need it. */
+  readonly perSample?: boolean;
+  /** What wrappers may build on; absent: nothing, and they refuse. */
+  readonly gives?: readonly Gift[];
+  /** Experts that every token goes through beside the routed ones; whoever builds the layer makes them. Default 0. */
+  readonly sharedExperts?: number;
+  /**
+   * What the plugin was made with, every default filled in: saved with a checkpoint and compared when one is loaded. The
+   * weight of a balance loss is called `balance`, that of a z-loss `zLoss`.
+   */
   readonly options?: { readonly [name: string]: Json };
   /** Experts that a token uses on average (k, or ReMoE's target): for counting active parameters. */
   readonly expertsPerToken?: number;
@@ -216,6 +237,8 @@ export interface Experts {
   readonly count: number;
   /** Leaves `[experts, ...]`; shared cores or latents under `shared`. */
   readonly params: Tree;
+  /** Whether they look at neighbours: only routers with `perSample` go with them. */
+  readonly spatial?: boolean;
   /** rows `[n, width]` sorted by expert -> output `[n, width']`; rows beyond the last block give zeros. */
   apply(
     params: Tree,
@@ -250,6 +273,8 @@ export interface StepInfo {
   readonly totalSteps?: number;
   readonly labels?: Tensor;
   readonly mask?: Tensor;
+  /** In `loss` and `combine`: what the routers of each layer were given as `RouterInput.globalLoad`. */
+  readonly globalLoad?: readonly Tensor[];
 }
 
 /** One forward pass of a step, for hooks that compare several (THOR). */

@@ -41,8 +41,9 @@ export interface PassInfo {
   /** What the hooks' `beforeStep` returned, merged: `RouterInput.schedule`. */
   readonly schedule: Readonly<Record<string, number | boolean>>;
   /**
-   * With `globalBalance`, from the second micro-batch on: one `[load]` per MoE layer, the tokens of each expert per
-   * token in this step's micro-batches so far (top-k: they sum to k). `switchBalance({ load })` takes it.
+   * With `globalBalance`: one `[load]` per MoE layer, the tokens of each expert per token (top-k: they sum to k) in
+   * this step's micro-batches so far, from the second one on, or with "exact" in all of them. `switchBalance({ load })`
+   * takes it.
    */
   readonly globalLoad?: readonly Tensor[];
   /** Present when a hook observes: call it with the inputs of every expert matrix, rows sorted by expert. */
@@ -99,10 +100,12 @@ export interface TrainerOptions {
   /** Which parameters decay; default: those with two or more axes. */
   decay?(path: string, shape: readonly number[]): boolean;
   /**
-   * Hands `globalLoad` to the routers while accumulating, so that balance is asked of the whole step (2501.11873);
-   * default false.
+   * Hands `globalLoad` to the routers while accumulating, so that balance is asked of the whole step (2501.11873):
+   * `true` counts the micro-batches so far, as the paper's buffer does; "exact" counts all of them in a forward pass of
+   * its own, which makes losses and gradients those of the undivided batch and a step about a third dearer. Default
+   * false.
    */
-  readonly globalBalance?: boolean;
+  readonly globalBalance?: boolean | "exact";
 }
 
 /** One step in numbers. */
@@ -283,7 +286,13 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     const batch = task.batch(batches + microBatch);
     const about = task.info?.(batch) ?? {};
     const { labels, mask } = about;
-    const info: StepInfo = { ...progress(), ...(labels ? { labels } : {}), ...(mask ? { mask } : {}) };
+    const { globalLoad } = settings;
+    const info: StepInfo = {
+      ...progress(),
+      ...(labels ? { labels } : {}),
+      ...(mask ? { mask } : {}),
+      ...(globalLoad ? { globalLoad } : {}),
+    };
     const watched = new Map(params);
     const tree = treeOf((parameter) => watched.get(parameter) ?? parameter.tensor);
     const share = 1 / (accumulate * passes);
@@ -308,7 +317,7 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
       });
       done.push(out);
       const load = tally.pass(out, share);
-      if (options.globalBalance) loads = addAll(loads, lower([...load, tokenCount(out, about)]));
+      if (options.globalBalance === true) loads = addAll(loads, lower([...load, tokenCount(out, about)]));
       if (pass === 0) tally.tokens(out, about);
       if (!combining) include(out.loss, share, "the task's loss");
       const extra = out.layers.flatMap(({ losses }) => Object.entries(losses));
@@ -339,6 +348,32 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     return { gradients: grad(objective, watchedTensors), loads };
   };
 
+  /** What `globalLoad` is with "exact": the loads of a step that is about to be taken, with the same draws. */
+  const countedLoads = (schedule: PassInfo["schedule"]): readonly Tensor[] | undefined => {
+    // A single pass knows its own loads.
+    if (options.globalBalance !== "exact" || accumulate * passes === 1) return undefined;
+    const params = treeOf(({ tensor }) => tensor);
+    const counted = (microBatch: number, pass: number): readonly Tensor[] => {
+      const batch = task.batch(batches + microBatch);
+      const random = draws.at(steps, pass, microBatch);
+      const info = { ...progress(), schedule, training: true, pass, microBatch, random };
+      const out = task.forward(params, buffers, batch, info);
+      return [...tallyOf(task.routers.length).pass(out, 1), tokenCount(out, task.info?.(batch) ?? {})];
+    };
+    return engine.scope(() => {
+      let loads: readonly Tensor[] | undefined;
+      for (let microBatch = 0; microBatch < accumulate; microBatch++) {
+        for (let pass = 0; pass < passes; pass++) {
+          loads = addAll(
+            loads,
+            engine.scope(() => counted(microBatch, pass)),
+          );
+        }
+      }
+      return perToken(loads);
+    });
+  };
+
   /** Everything of a step before the transfer. */
   const forwardAndBackward = (
     tally: Tally,
@@ -348,11 +383,11 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
       const active = trainable();
       const params = active.map((parameter) => [parameter, watch(recording, parameter.tensor)] as const);
       let gradients: readonly Tensor[] | undefined;
+      const exactly = countedLoads(settings);
       let loads: readonly Tensor[] | undefined;
       for (let microBatch = 0; microBatch < accumulate; microBatch++) {
         const found = engine.scope(() => {
-          const tokens = loads?.at(-1);
-          const globalLoad = tokens && loads?.slice(0, -1).map((load) => div(load, maximum(tokens, 1)));
+          const globalLoad = exactly ?? perToken(loads);
           const given = { schedule: settings, ...(globalLoad ? { globalLoad } : {}) };
           const results = differentiate(microBatch, params, given, tally);
           return { ...results, parts: tally.parts };
@@ -392,16 +427,20 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
         const [changed, ...changedSlots] = optimiser.update(
           mask ? tensor : engine.give(tensor),
           engine.give(at(gradients, i)),
-          slots.map((slot) => engine.give(slot)),
+          slots.map((slot) => (mask ? slot : engine.give(slot))),
           { scale, learningRate, decay: decays(path, tensor.shape), update: updates + 1 },
         ) as [Tensor, ...Tensor[]];
-        return { changed: mask ? where(mask, changed, tensor) : changed, slots: changedSlots };
+        if (!mask) return { changed, slots: changedSlots };
+        // With SGD decay enters the momentum, so the moments of what is frozen have to be kept too.
+        const kept = changedSlots.map((slot, j) => where(mask, slot, at(slots, j)));
+        return { changed: where(mask, changed, tensor), slots: kept };
       });
     });
     results.forEach(({ changed, slots }, i) => {
       const parameter = at(active, i);
       parameter.tensor.dispose();
       parameter.tensor = changed;
+      for (const slot of parameter.slots) slot.dispose();
       parameter.slots = slots;
       parameter.updates++;
     });
@@ -692,6 +731,12 @@ const addAll = (sums: readonly Tensor[] | undefined, more: readonly Tensor[]): r
     y.dispose();
     return total;
   }) ?? more;
+
+/** Sums of loads, and last of tokens, as tokens of each expert per token. */
+const perToken = (sums: readonly Tensor[] | undefined): readonly Tensor[] | undefined => {
+  const tokens = sums?.at(-1);
+  return tokens && sums?.slice(0, -1).map((load) => div(load, maximum(tokens, 1)));
+};
 
 const describe = (losses: Readonly<Record<string, number>>): string =>
   Object.entries(losses)

@@ -18,13 +18,13 @@ import type { Checkpoint } from "../model.ts";
 import type { TensorSource } from "../safetensors.ts";
 import { buildTransformer, type Transformer, type TransformerArchitecture } from "../transformer.ts";
 import { type CompleteConfig, completeConfig, parameterShapes } from "../transformer-config.ts";
-import { type CheckpointContent, checkAllUsed, checkMemory, readTensor, stored } from "../weights.ts";
+import { type CheckpointContent, checkAllUsed, checkMemory, expectShape, readTensor, stored } from "../weights.ts";
 
 const format = 1;
 
 /** config.json and tensors ("params.<path>", "buffers.<layer>.<path>") of any transformer. */
 export function writeSwitchyard(model: Transformer): CheckpointContent {
-  const { router, clipQkv, ...sizes } = model.config;
+  const { router, clipQkv, tokenCounts, ...sizes } = model.config;
   const seen = new Set<Tensor>();
   // A tensor that several layers share is written once, under its first path.
   const all = (prefix: string, tree: Tree): TensorSource[] =>
@@ -41,8 +41,28 @@ export function writeSwitchyard(model: Transformer): CheckpointContent {
       clipQkv: clipQkv ?? null,
       router: { name: router.name, options: router.options ?? null },
     },
-    tensors: [...all("params", model.params), ...all("buffers", model.buffers)],
+    tensors: [
+      ...all("params", model.params),
+      ...all("buffers", model.buffers),
+      ...(tokenCounts && router.needs.includes("tokenIds") ? [countsSource(tokenCounts)] : []),
+    ],
   };
+}
+
+/** Token counts, exact: what a router's table is made from. */
+const countsName = "tokenCounts";
+const countsSource = (counts: Float64Array): TensorSource => ({
+  name: countsName,
+  dtype: "F64",
+  shape: [counts.length],
+  bytes: () => new Uint8Array(counts.buffer, counts.byteOffset, counts.byteLength),
+});
+
+async function readCounts(checkpoint: Checkpoint, vocabulary: number): Promise<Float64Array> {
+  expectShape(checkpoint, countsName, [vocabulary]);
+  const { dtype } = checkpoint.stored(countsName);
+  if (dtype !== "F64") throw new CheckpointError(`tensor "${countsName}" is ${dtype}, expected F64`);
+  return new Float64Array((await checkpoint.read(countsName)).slice().buffer);
 }
 
 export interface SwitchyardOptions {
@@ -128,11 +148,13 @@ async function read(
   options: SwitchyardOptions,
   memory: number | undefined,
 ): Promise<Transformer> {
-  const config = readConfig(checkpoint, options);
+  const sizes = readConfig(checkpoint, options);
+  const counts = checkpoint.names.includes(countsName) ? await readCounts(checkpoint, sizes.vocabulary) : undefined;
+  const config: CompleteConfig = { ...sizes, tokenCounts: counts };
   const shapes = parameterShapes(config);
   checkMemory(shapes.values(), memory);
   const names = new Set(checkpoint.names);
-  const used = new Set<string>();
+  const used = new Set<string>(counts ? [countsName] : []);
   const loaded: Tensor[] = [];
   let fresh: Transformer | undefined;
   const load = async (name: string, shape: readonly number[]): Promise<Tensor> => {
