@@ -312,6 +312,7 @@ function byDomain(results: Results, { what, axis, of, ticks = [] }: ByDomain): s
     const own = results.runs.filter((run) => run.router === router);
     return names.map((domain, d) => ({ domain, x: mean(own.map((run) => of(run, d))), style: styleOf(i), router: i }));
   });
+  const row = Math.max(46, 18 + 3.5 * routers.length);
   const label = `${what} by domain: ${routers
     .map(
       (router, i) =>
@@ -325,7 +326,7 @@ function byDomain(results: Results, { what, axis, of, ticks = [] }: ByDomain): s
     svg(
       width,
       {
-        height: 50 + names.length * 46,
+        height: 50 + names.length * row,
         marginLeft: Math.min(130, 14 + 7 * Math.max(...names.map(({ length }) => length))),
         marginRight: 24,
         marginTop: 16,
@@ -347,7 +348,7 @@ function byDomain(results: Results, { what, axis, of, ticks = [] }: ByDomain): s
             Plot.dot([dot], {
               x: "x",
               y: "domain",
-              dy: (router - (routers.length - 1) / 2) * Math.min(4, 28 / routers.length), // equal numbers stay visible
+              dy: (router - (routers.length - 1) / 2) * Math.min(4, (row - 18) / routers.length), // equal numbers stay visible
               r: 5,
               symbol: style.symbol,
               fill: style.colour,

@@ -57,7 +57,7 @@ h3 .plot, .legend .plot, td .plot, th .plot { display: inline-block; width: 44px
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .9rem; margin: .4rem 0; }
 .legend span { display: inline-flex; align-items: center; gap: .4rem; }
 table { border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; margin: 1rem 0 .4rem; }
-th, td { padding: .45rem .5rem; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: top; }
+th, td { padding: .45rem .3rem; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: top; }
 th:first-child, td:first-child { text-align: left; white-space: nowrap; }
 thead th { vertical-align: bottom; font-weight: 500; color: var(--muted); line-height: 1.25; border-bottom: 1.5px solid var(--ink); }
 td { white-space: nowrap; } td small { display: block; color: var(--muted); font-weight: 400; }

@@ -146,6 +146,7 @@ describe("engines", () => {
     expect(() => e.tensor(new Float32Array(3), [2, 2])).toThrow(/needs 4 elements, the data has 3/);
     expect(() => e.tensor(new Float32Array(3), [-3])).toThrow(/not made of counts/);
     expect(() => e.tensor(new Uint16Array(3), [3])).toThrow(/f16 or bf16/);
+    expect(() => e.tensor(JSON.parse("[1, 2, 3]"), [3])).toThrow("make it one, such as Float32Array.from(values)");
   });
   it("print the shapes of a bad matmul", () => {
     const e = engine(cpu());

@@ -171,7 +171,11 @@ export function dtypeOf(data: TypedArray): DType {
   if (data instanceof Float32Array || data instanceof Float64Array) return "f32";
   if (data instanceof Int32Array) return "i32";
   if (data instanceof Uint8Array) return "u8";
-  throw new ShapeError("a Uint16Array holds f16 or bf16: say which, tensor(data, shape, dtype)");
+  if (data instanceof Uint16Array)
+    throw new ShapeError("a Uint16Array holds f16 or bf16: say which, tensor(data, shape, dtype)");
+  throw new ShapeError(
+    "tensor: the data is no typed array; make it one, such as Float32Array.from(values), or Int32Array.from(ids)",
+  );
 }
 
 export function checkData(data: TypedArray, shape: readonly number[]): void {

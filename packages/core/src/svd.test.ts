@@ -116,6 +116,18 @@ describe("svd", () => {
     });
   });
 
+  it("keeps the digits of values over twenty powers of ten where the columns are graded", () => {
+    const n = 8;
+    // Lower times upper triangles of ones: determinant 1. Column j is 1000^-j times that.
+    const data = Array.from({ length: n * n }, (_, i) => {
+      const [r, c] = [Math.floor(i / n), i % n];
+      return (1 + Math.min(r, c)) * 1000 ** -((c * 3) % n);
+    });
+    const { s } = check({ data, rows: n, columns: n });
+    const determinant = s.reduce((product, value, k) => product * value * 1000 ** k, 1);
+    expect(Math.abs(determinant - 1)).toBeLessThan(1e-12);
+  });
+
   it("takes matrices without rows or columns", () => {
     expect(svd({ data: [], rows: 0, columns: 3 })).toMatchObject({ rank: 0 });
     expect(svd({ data: [], rows: 2, columns: 0 })).toMatchObject({ rank: 0 });

@@ -107,6 +107,7 @@ describe("daMoE", () => {
     expect(daMoE({ asDecoded: true, attention: "bidirectional" }).causal.training).toBe(false);
   });
   it("refuses what it cannot do, and says why", () => {
+    expect(() => daMoE({ k: 0 })).toThrow("daMoE: k = 0; expected a whole number from 1");
     expect(() => daMoE({ k: 2, fewest: 3 })).toThrow("fewest = 3; expected a whole number from 1 to k = 2");
     expect(() => daMoE(JSON.parse('{ "mapping": "log" }'))).toThrow('expected "ratio" or "minmax" or "quantile"');
     expect(() => daMoE({ k: 6 }).init(routerContext(on))).toThrow("k = 6 of 5 experts");

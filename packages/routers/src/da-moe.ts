@@ -89,6 +89,7 @@ export function daMoE(options: DAMoEOptions = {}): RouterPlugin {
   checkWord(name, "heads", heads, ["mean", "max"]);
   checkWord(name, "attention", attention, ["causal", "bidirectional"]);
   checkWord(name, "decodeK", decodeK, ["entropy", "min"]);
+  if (!Number.isInteger(k) || k < 1) throw new ShapeError(`${name}: k = ${k}; expected a whole number from 1`);
   if (!Number.isInteger(fewest) || fewest < 1 || fewest > k) {
     throw new ShapeError(`${name}: fewest = ${fewest}; expected a whole number from 1 to k = ${k}`);
   }

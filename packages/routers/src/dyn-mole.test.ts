@@ -146,6 +146,9 @@ describe("dynMoLE", () => {
     expect(Math.min(...values)).toBeGreaterThanOrEqual(-0.2);
     expect(Math.min(...values)).toBeLessThan(-0.19);
   });
+  it("an option that is undefined has its default", () => {
+    expect(dynMoLE({ ...({ k: undefined } as object), topP: 0.5 }).options).toMatchObject({ k: 2, topP: 0.5 });
+  });
   it("refuses options that cannot be", () => {
     expect(() => dynMoLE({ k: 0.5 })).toThrow("dynMoLE: k = 0.5; expected a whole number from 0");
     expect(() => dynMoLE({ q: 0 })).toThrow("dynMoLE: q = 0; expected a finite number above 0");

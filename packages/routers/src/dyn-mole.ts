@@ -61,18 +61,8 @@ export interface DynMoLEOptions {
 type Settings = Required<DynMoLEOptions>;
 
 function settings(options: DynMoLEOptions): Settings {
-  const filled = {
-    k: 2,
-    topP: 0.75,
-    threshold: 0.9,
-    entropy: "tsallis",
-    q: 1.1,
-    epsilon: 1e-5,
-    entropyLoss: 0.01,
-    balance: 0.001,
-    ...options,
-  } as const;
-  const { k, topP, threshold, entropy, q, epsilon, entropyLoss, balance } = filled;
+  const { k = 2, topP = 0.75, threshold = 0.9, entropy = "tsallis", q = 1.1, epsilon = 1e-5 } = options;
+  const { entropyLoss = 0.01, balance = 0.001 } = options;
   checkNotNegative("dynMoLE", { topP, threshold, epsilon, entropyLoss, balance });
   checkWord("dynMoLE", "entropy", entropy, ["tsallis", "renyi"]);
   if (!Number.isInteger(k) || k < 0) throw new ShapeError(`dynMoLE: k = ${k}; expected a whole number from 0`);

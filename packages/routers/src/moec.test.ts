@@ -124,7 +124,7 @@ describe("moec", () => {
   });
   it("refuses options that cannot be", () => {
     const make = (options: MoecOptions, experts: number) => () => moec(options).init(routerContext(on, { experts }));
-    expect(make({}, 5)).toThrow("5 experts do not split into 2 clusters of equal size");
+    expect(make({}, 5)).toThrow("5 experts do not split into 2 clusters; choose a number");
     expect(make({ k: 4 }, 6)).toThrow("k = 4, but dropout = 0.5 leaves 2 of 6 experts open");
     expect(make({ k: 7 }, 6)).toThrow("k = 7 of 6 experts");
     expect(make({ clusters: 0 }, 6)).toThrow("clusters = 0; expected a whole number from 1");

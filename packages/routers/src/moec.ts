@@ -121,7 +121,9 @@ export function moec(options: MoecOptions = {}): RouterPlugin {
       const { experts } = context;
       checkK("moec", k, experts);
       if (experts % clusters !== 0) {
-        throw new ShapeError(`moec: ${experts} experts do not split into ${clusters} clusters of equal size`);
+        throw new ShapeError(
+          `moec: ${experts} experts do not split into ${clusters} clusters; choose a number of clusters that divides them`,
+        );
       }
       const open = experts - closedCount({ experts, clusters, dropout, whole });
       if (k > open) {

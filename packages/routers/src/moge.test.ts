@@ -173,6 +173,6 @@ describe("moge", () => {
     expect(() => moge({ k: 1, sigma: 0 })).toThrow("moge: sigma = 0");
     expect(() => moge({ k: 1, padding: "valid" }).init(context)).toThrow("no window of 3 x 3 fits the map of 2 x 2");
     expect(() => moge({ k: 1, height: 3 }).init(context)).toThrow("4 experts do not fill a map of height 3");
-    expect(() => moge({ k: 5 }).init(context)).toThrow("k = 5 of 4 experts");
+    expect(() => moge({ k: 5 }).init(context)).toThrow("moge: k = 5 of 4 experts");
   });
 });

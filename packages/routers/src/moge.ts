@@ -6,7 +6,7 @@
 // tokens. Top-k, weights and balance loss stay those of top-k routing, and evaluation is unchanged.
 import { add, hostConstant, matmul, mul, relu, ShapeError, sqrt, square, sum, type Tensor } from "@switchyard/core";
 import { meanOverTokens, type Routed, type RouterInput, type RouterPlugin } from "@switchyard/core/moe";
-import { checkNotNegative, checkWord, maskOf, type RouterCard } from "./parts.ts";
+import { checkK, checkNotNegative, checkWord, maskOf, type RouterCard } from "./parts.ts";
 import { type TopKOptions, topK } from "./top-k.ts";
 
 /** How the experts lie on the map, and how its neighbourhoods weigh. */
@@ -58,6 +58,7 @@ export function moge(options: MoGEOptions): RouterPlugin {
     name,
     options: { ...inner.options, penalty, scores, ...map },
     init(context) {
+      checkK(name, rest.k, context.experts);
       windows(context.experts, map); // throws before training does
       const router = inner.init(context);
       const regular = (routed: Routed, input: RouterInput): Routed => {

@@ -1,7 +1,19 @@
 // What several routers share: initial weights, checks of options, the usual losses, and the record a router's README
 // row is made of.
 // Private: only the type of the card leaves the package.
-import { div, isTensor, maximum, mul, ShapeError, sum, type Tensor, type Tree } from "@switchyard/core";
+import {
+  div,
+  isTensor,
+  maximum,
+  mul,
+  neg,
+  ShapeError,
+  softmax,
+  softplus,
+  sum,
+  type Tensor,
+  type Tree,
+} from "@switchyard/core";
 import {
   idCounts,
   type Loss,
@@ -91,6 +103,9 @@ export function checkWord(router: string, option: string, value: string, words: 
     );
   }
 }
+
+/** σ(l) / Σ σ(l) along the last axis, as the softmax of ln σ(l): also where every sigmoid is too small for a number. */
+export const normalisedSigmoid = (logits: Tensor): Tensor => softmax(neg(softplus(neg(logits))));
 
 /** The mask of the tokens as options take it: `{ mask }`, or nothing when all are real. */
 export function maskOf(input: RouterInput): { readonly mask?: Tensor } {

@@ -61,8 +61,19 @@ describe("sinkhorn", () => {
         expect(value).toBeCloseTo(plan[t]?.[e] ?? Number.NaN, 7);
       });
     });
-    const lost = await run([[-1000, -1001]]);
-    expect(lost.plan.flat().every(Number.isFinite)).toBe(true);
+  });
+  it("a token whose logits are all very low still tells its experts apart", async () => {
+    const { plan } = await run([
+      [-1001, -1000],
+      [1, 0],
+    ]);
+    expect(plan.flat().every(Number.isFinite)).toBe(true);
+    expect(plan[0]?.[0]).toBeLessThan(plan[0]?.[1] ?? 0);
+  });
+  it("however large the logits of padding are, the plan of the others is the same", async () => {
+    const rows = [...draws(4, 3), [0, 900, -900]];
+    const mask = [1, 1, 1, 1, 0];
+    expect(await run(rows, { mask })).toEqual(await run([...rows.slice(0, 4), [0, 0, 0]], { mask }));
   });
   it("padding has no mass", async () => {
     const logits = draws(6, 3);

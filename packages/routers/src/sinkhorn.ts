@@ -17,6 +17,7 @@ import {
   maximum,
   maxLast,
   mean,
+  minimum,
   mul,
   neg,
   reshape,
@@ -117,11 +118,15 @@ export function sinkhornPlan(
   checkIterations(iterations);
   const [tokens = 0, experts = 1] = logits.shape;
   const fixed = stopGradient(logits);
-  // Rows divided by their largest entry, and the 1e-8 of each row with them: the same plan, and nothing overflows.
+  const present = mask && reshape(mask, [tokens, 1]);
+  // Rows divided by their largest entry, and the 1e-8 of each row with them: the same plan, and nothing overflows. Of a
+  // row below e^-60 everywhere the 1e-8 stays behind, so that it still tells its experts apart.
   const best = maxLast(fixed); // [tokens, 1]
   const scaled = exp(sub(fixed, best)); // [tokens, experts]
-  const a = mask ? where(reshape(mask, [tokens, 1]), scaled, 0) : scaled;
-  const floor = mul(exp(neg(best)), epsilon); // [tokens, 1]
+  const a = present ? where(present, scaled, 0) : scaled;
+  const share = mul(exp(minimum(neg(best), 60)), epsilon); // [tokens, 1]
+  // A row of zeros without its 1e-8 would divide by 0.
+  const floor = present ? where(present, share, 1) : share;
   const real = mask ? maximum(sum(mask), 1) : full(logits, [], Math.max(tokens, 1));
 
   let d1 = full(logits, [experts, 1], 1);

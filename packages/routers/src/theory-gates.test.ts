@@ -1,4 +1,5 @@
-import { dispose, random, type Tensor } from "@switchyard/core";
+import { dispose, engine, random, type Tensor } from "@switchyard/core";
+import { cpu } from "@switchyard/core/cpu";
 import { ffn, moeLayer } from "@switchyard/core/moe";
 import { routerContext, testRouter } from "@switchyard/testing";
 import { describe, expect, it } from "vitest";
@@ -150,6 +151,19 @@ describe("the normalised sigmoid", () => {
     expect(flat(found.weights)[1]).toBeGreaterThan(0.49);
     const soft = await results(on, () => ({ ...sparsePart(theoryGates()) }));
     expect(flat(soft.weights)[1]).toBeLessThan(1e-4);
+  });
+  it("is defined where every sigmoid is too small for a number", async () => {
+    const single = engine(cpu());
+    const found = await results(single, () => {
+      const routed = selecting(
+        single,
+        theoryGates({ gate: "sigmoid" }),
+        3,
+      )(single.tensor(Float32Array.of(-300, -300, -302), [1, 3]), {});
+      return { weights: sparse(routed).weights, probabilities: routed.probabilities as Tensor };
+    });
+    expect(flat(found.weights)).toEqual([0.5, 0.5]);
+    expect(flat(found.probabilities)[2]).toBeCloseTo(1 / (1 + 2 * Math.exp(2)), 6);
   });
   const sparsePart = (plugin: ReturnType<typeof theoryGates>) => {
     const { experts, weights } = sparse(selecting(on, plugin, 3)(tensor(on, [[30, 20, 0]]), {}));

@@ -18,7 +18,6 @@ import {
   reshape,
   ShapeError,
   scatterLast,
-  sigmoid,
   softmax,
   softmaxTopk,
   sum,
@@ -34,6 +33,7 @@ import {
   checkWord,
   leaf,
   maskOf,
+  normalisedSigmoid,
   normalTensor,
   normalWeight,
   type RouterCard,
@@ -182,12 +182,10 @@ const gates: Readonly<Record<TheoryGate, (logits: Tensor, limits: Limits) => Gat
     return { plan: { kind: "sparse", experts: ids, weights }, probabilities };
   },
   sigmoid(logits, { k, over }) {
-    const scores = sigmoid(logits); // [tokens, experts]
-    const probabilities = div(scores, sumLast(scores));
+    const probabilities = normalisedSigmoid(logits); // [tokens, experts]
     if (k === 0) return { plan: { kind: "dense", weights: probabilities }, probabilities };
     const ids = topkIndices(logits, k); // sigmoid keeps the order, and saturates less before it
-    const chosen = gatherLast(over === "all" ? probabilities : scores, ids); // [tokens, k]
-    const weights = over === "all" ? chosen : div(chosen, sumLast(chosen));
+    const weights = over === "all" ? gatherLast(probabilities, ids) : normalisedSigmoid(gatherLast(logits, ids));
     return { plan: { kind: "sparse", experts: ids, weights }, probabilities };
   },
   hierarchical(logits, { groups, outerK, innerK }) {

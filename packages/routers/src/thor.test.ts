@@ -66,6 +66,28 @@ describe("thor", () => {
     expect(await route({ seed: 1 }, { tokens: 2000 })).not.toEqual(ids);
     expect(await route({}, { tokens: 2000, layer: 1 })).not.toEqual(ids);
   });
+  it("padding takes no place: a token draws by its number among the real ones, decoding with a cache too", async () => {
+    const padded = async (call: { past?: number; mask: number[] }): Promise<number[][]> => {
+      const router = thor().init(routerContext(on, { experts }));
+      const { ids } = await results(on, () => {
+        const rows = call.mask.length - 2 * (call.past ?? 0);
+        const input = routerInput(on, { hidden: on.tensor(new Float64Array(2 * rows), [rows, 2]), batch: 2, ...call });
+        return { ids: sparse(router.route({}, input)).experts };
+      });
+      const all = flat(ids);
+      return [all.slice(0, all.length / 2), all.slice(all.length / 2)];
+    };
+    const ids = await route({}, { tokens: 12 });
+    const alone = [ids.slice(0, 6), ids.slice(6)];
+    expect(await padded({ mask: [0, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0] })).toEqual([
+      [-1, -1, ...(alone[0]?.slice(0, 4) ?? [])],
+      [-1, ...(alone[1]?.slice(0, 4) ?? []), -1],
+    ]);
+    expect(await padded({ past: 4, mask: [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] })).toEqual([
+      alone[0]?.slice(2, 4),
+      alone[1]?.slice(4, 6),
+    ]);
+  });
   it("dispatch by sequence gives a sequence one expert, also when it goes on", async () => {
     const ids = await route({ dispatch: "sequence" }, { batch: 40, tokens: 120 });
     for (let row = 0; row < 40; row++) expect(new Set(ids.slice(3 * row, 3 * row + 3)).size).toBe(1);

@@ -5,6 +5,8 @@
 // Evaluation: a random expert for each token or each sequence ("dispatch"), or the mean of all experts ("ensemble").
 import {
   add,
+  cast,
+  cumsum,
   div,
   exp,
   full,
@@ -15,10 +17,12 @@ import {
   mul,
   reshape,
   ShapeError,
+  slice,
   sub,
   sum,
   sumLast,
   type Tensor,
+  takeRows,
   UnsupportedError,
   where,
 } from "@switchyard/core";
@@ -46,8 +50,8 @@ export interface ThorOptions {
 
 /**
  * Every expert learns the same task on its own batches; nothing is learned or stored here. Train it with `thorHook`,
- * without which the experts are not asked to agree. Dispatched tokens draw by layer, row of the batch and position, so
- * that decoding with a cache goes on as without one.
+ * without which the experts are not asked to agree. Dispatched tokens draw by layer, row of the batch and position among
+ * the real tokens, so that decoding with a cache goes on as without one and padding changes nothing.
  *
  * @example trainer(engine, task, { optimiser, hooks: [thorHook()] })
  */
@@ -69,10 +73,11 @@ export function thor({ evaluation = "dispatch", dispatch = "token", seed = 0 }: 
         const [tokens = 0] = hidden.shape;
         if (training) {
           const [u = 0] = random.at(layer, "expert").host("uniform", 1);
-          return oneExpert(hidden, new Int32Array(tokens).fill(Math.floor(u * experts)));
+          const drawn = new Int32Array(tokens).fill(Math.floor(u * experts));
+          return oneExpert(hidden, hostConstant(hidden, drawn, [tokens, 1]));
         }
         if (evaluation === "ensemble") return { kind: "dense", weights: full(hidden, [tokens, experts], 1 / experts) };
-        return oneExpert(hidden, drawExperts(layout, { experts, layer, seed, dispatch }));
+        return oneExpert(hidden, drawExperts(hidden, layout, { experts, layer, seed, dispatch }));
       };
       return {
         params: {},
@@ -87,26 +92,41 @@ export function thor({ evaluation = "dispatch", dispatch = "token", seed = 0 }: 
   };
 }
 
-/** Each token to the expert `ids[token]`, with weight 1. */
-export function oneExpert(like: Tensor, ids: Int32Array): SparsePlan {
-  const shape = [ids.length, 1];
-  return { kind: "sparse", experts: hostConstant(like, ids, shape), weights: full(like, shape, 1) };
+/** Each token to its one expert, with weight 1: `ids` i32 `[tokens, 1]`. */
+export function oneExpert(like: Tensor, ids: Tensor): SparsePlan {
+  return { kind: "sparse", experts: ids, weights: full(like, ids.shape, 1) };
 }
 
-/** The experts of dispatched tokens, by row of the batch and, for single tokens, absolute position. */
+interface Draw {
+  readonly experts: number;
+  readonly layer: number;
+  readonly seed: number;
+  readonly dispatch: "token" | "sequence";
+}
+
+/** The experts of dispatched tokens, i32 `[tokens, 1]`: by row of the batch and, for single tokens, position. */
 function drawExperts(
-  { batch, sequence, past }: Layout,
-  {
-    experts,
-    layer,
-    seed,
-    dispatch,
-  }: { readonly experts: number; readonly layer: number; readonly seed: number; readonly dispatch: string },
-): Int32Array {
-  return Int32Array.from({ length: batch * sequence }, (_, i) => {
-    const position = dispatch === "token" ? past + (i % sequence) + 1 : 0;
-    return hashKey(Math.floor(i / sequence), position, { seed, layer }) % experts;
-  });
+  like: Tensor,
+  { batch, sequence, past, mask }: Layout,
+  { experts, layer, seed, dispatch }: Draw,
+): Tensor {
+  const expertAt = (row: number, place: number): number => hashKey(row, place, { seed, layer }) % experts;
+  const total = past + sequence;
+  if (dispatch === "sequence" || !mask) {
+    const ids = Int32Array.from({ length: batch * sequence }, (_, i) =>
+      expertAt(Math.floor(i / sequence), dispatch === "token" ? past + (i % sequence) + 1 : 0),
+    );
+    return hostConstant(like, ids, [batch * sequence, 1]);
+  }
+  // The n-th real token of a row draws as the n-th of a row without padding; what padding draws is not used.
+  const table = Int32Array.from({ length: batch * total }, (_, i) => expertAt(Math.floor(i / total), (i % total) + 1));
+  const before = hostConstant(
+    like,
+    Int32Array.from({ length: batch }, (_, row) => row * total - 1),
+    [batch, 1],
+  );
+  const place = slice(cumsum(cast(mask, "i32"), { axis: 1 }), [0, past], [batch, sequence]); // from 1 on
+  return takeRows(hostConstant(like, table, [batch * total, 1]), reshape(add(before, place), [batch * sequence]));
 }
 
 export interface ThorHookOptions {

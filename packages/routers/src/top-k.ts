@@ -13,7 +13,6 @@ import {
   less,
   linear,
   ShapeError,
-  sigmoid,
   softmax,
   softmaxTopk,
   sumLast,
@@ -30,7 +29,16 @@ import {
   type RouterPlugin,
   type SparsePlan,
 } from "@switchyard/core/moe";
-import { checkK, checkNotNegative, leaf, maskOf, normalWeight, type RouterCard, usualLosses } from "./parts.ts";
+import {
+  checkK,
+  checkNotNegative,
+  leaf,
+  maskOf,
+  normalisedSigmoid,
+  normalWeight,
+  type RouterCard,
+  usualLosses,
+} from "./parts.ts";
 
 export type TopKOrder = "softmax-topk-renormalise" | "softmax-topk" | "topk-softmax" | "sigmoid";
 
@@ -127,12 +135,10 @@ function choose(
     const { weights, ids, probabilities } = softmaxTopk(logits, { k, order });
     return { plan: { kind: "sparse", experts: ids, weights }, probabilities };
   }
-  const scores = sigmoid(logits); // [tokens, experts]
   const ids = topkIndices(logits, k); // sigmoid keeps the order, and saturates less before it
-  const chosen = gatherLast(scores, ids); // [tokens, k]
   return {
-    plan: { kind: "sparse", experts: ids, weights: div(chosen, sumLast(chosen)) },
-    probabilities: div(scores, sumLast(scores)),
+    plan: { kind: "sparse", experts: ids, weights: normalisedSigmoid(gatherLast(logits, ids)) },
+    probabilities: normalisedSigmoid(logits), // [tokens, experts]
   };
 }
 

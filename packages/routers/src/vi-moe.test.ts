@@ -40,7 +40,7 @@ describe("viMoE", () => {
     expect(found.also[0]).toBeCloseTo(10, 9);
   });
   it("refuses k that no layer has", () => {
-    expect(() => viMoE({ k: 4 }).init(routerContext(on, { experts: 3 }))).toThrow("k = 4 of 3 experts");
+    expect(() => viMoE({ k: 4 }).init(routerContext(on, { experts: 3 }))).toThrow("viMoE: k = 4 of 3 experts");
     expect(() => viMoE({ balance: -1 })).toThrow("balance = -1");
   });
 });

@@ -19,7 +19,7 @@ import {
   where,
 } from "@switchyard/core";
 import { idCounts, type RouterPlugin } from "@switchyard/core/moe";
-import type { RouterCard } from "./parts.ts";
+import { checkK, checkNotNegative, type RouterCard } from "./parts.ts";
 import { topK } from "./top-k.ts";
 
 export interface ViMoEOptions {
@@ -39,10 +39,16 @@ export interface ViMoEOptions {
  */
 export function viMoE(options: ViMoEOptions = {}): RouterPlugin {
   const { k = 1, balance = 0.01, zLoss = 0 } = options;
+  checkNotNegative("viMoE", { balance, zLoss });
+  const inner = topK({ k, order: "softmax-topk", balance, zLoss });
   return {
-    ...topK({ k, order: "softmax-topk", balance, zLoss }),
+    ...inner,
     name: "viMoE",
     options: { k, balance, zLoss },
+    init(context) {
+      checkK("viMoE", k, context.experts);
+      return inner.init(context);
+    },
   };
 }
 

@@ -5,18 +5,16 @@
 //   radial: 5x5, w_1..w_8 on the outer ring less the same on the inner one, w_0 at the centre;
 //   second-order: 5x5, w_1..w_8 on the outer ring less twice the same on the inner one, the sum of all nine at the centre
 // Every kind is linear in w, and a convolution is one gather of neighbours and one grouped product.
-import type { Engine } from "../engine.ts";
 import { ShapeError, UnsupportedError } from "../errors.ts";
 import type { Initial } from "../moe/experts.ts";
 import type { Experts, Layout } from "../moe/plan.ts";
-import { add, affine, cast, floor, less, mul, sigmoid, sub, where } from "../ops/elementwise.ts";
-import { groupedMatmul } from "../ops/experts.ts";
+import { affine, cast, floor, less, mul, sigmoid, sub, where } from "../ops/elementwise.ts";
 import { linear, matmul } from "../ops/matmul.ts";
 import { sum } from "../ops/reduce.ts";
 import { takeRows } from "../ops/rows.ts";
-import { full, hostConstant, reshape, transpose } from "../ops/shape.ts";
-import type { Random } from "../random.ts";
-import { isTensor, leaves, show, type Tensor, type Tree } from "../tensor.ts";
+import { hostConstant, reshape, transpose } from "../ops/shape.ts";
+import { show, sizeOf, type Tensor } from "../tensor.ts";
+import { type Draw, groupedLinear, leafAt, parameters } from "./parts.ts";
 
 /** How the nine weights of a 3x3 convolution are used. */
 export type ConvolutionKind = "vanilla" | "central" | "angular" | "radial" | "second-order";
@@ -75,23 +73,35 @@ export function convAdapter(options: ConvAdapterOptions): Experts {
 
   return {
     count,
-    params: "params" in options ? checked(shapes, options.params) : initial(shapes, options),
+    params: parameters("convAdapter", shapes, options, draw),
     spatial: true,
     apply(params, rows, ends, layout, observe) {
       checkLayout(layout, length, grid, classToken);
       const [n = 0] = rows.shape;
-      const product = (name: string, x: Tensor, w = leaf(params, name)): Tensor => {
+      const product = (name: string, x: Tensor, w = leafAt(params, name)): Tensor => {
         observe?.(name, x, ends);
-        return add(groupedMatmul(x, w, ends), biasRows(leaf(params, `${name}Bias`), ends, n));
+        return groupedLinear(x, w, ends, leafAt(params, `${name}Bias`));
       };
       const inner = act(product("down", rows)); // [n, hidden]
       const around = reshape(neighbours(inner, { grid, side, classToken }), [n, side * side * hidden]);
-      const kernels = columns(stacked(leaf(params, "convolution"), kinds, side)); // [experts, hidden, side² hidden]
+      const kernels = columns(stacked(leafAt(params, "convolution"), kinds, side)); // [experts, hidden, side² hidden]
       const output = product("up", act(product("convolution", around, kernels))); // [n, width]
       return { output: where(broken(ends, length), Number.NaN, output) };
     },
   };
 }
+
+const draw: Draw = (path, shape, random) => {
+  const [, hidden = 1, width = 1] = shape;
+  if (path === "down") return random.host("normal", sizeOf(shape)).map((z) => z / Math.sqrt(width));
+  if (path !== "convolution") return undefined;
+  // The identity: weight 1 at the centre (4 of 9) from every channel to itself.
+  const values = new Float64Array(sizeOf(shape));
+  for (let i = 4, at = 0; i < values.length; i += 9, at++) {
+    values[i] = Number(Math.floor(at / hidden) % hidden === at % hidden);
+  }
+  return values;
+};
 
 /**
  * The kernel that a kind makes of 3x3 weights, `[out, in, 3, 3]` -> `[out, in, side, side]`: side 3, or 5 for radial and
@@ -238,59 +248,4 @@ function broken(ends: Tensor, length: number): Tensor {
   // Half a row more, so that rounding cannot take one off.
   const images = floor(affine(rows, { scale: 1 / length, shift: 0.5 / length }));
   return less(0.5, sum(sub(rows, mul(images, length))));
-}
-
-// ---------------------------------------------------------------- parameters
-/** The bias [experts, out] of each row's expert, zero beyond the last block. */
-function biasRows(bias: Tensor, ends: Tensor, n: number): Tensor {
-  return groupedMatmul(full(bias, [n, 1], 1), reshape(bias, [...bias.shape, 1]), ends); // [n, out]
-}
-
-type Shapes = Readonly<Record<string, readonly number[]>>;
-
-function initial(
-  shapes: Shapes,
-  { engine, random }: { readonly engine: Engine; readonly random: Random },
-): Record<string, Tensor> {
-  const params: Record<string, Tensor> = {};
-  for (const [name, shape] of Object.entries(shapes)) {
-    const size = shape.reduce((n, d) => n * d, 1);
-    const [, hidden = 1, width = 1] = shape;
-    const values = new Float32Array(size);
-    if (name === "down")
-      values.set(
-        random
-          .at(name)
-          .host("normal", size)
-          .map((z) => z / Math.sqrt(width)),
-      );
-    if (name === "convolution") {
-      // The identity: weight 1 at the centre (4 of 9) from every channel to itself.
-      for (let i = 4, at = 0; i < size; i += 9, at++) {
-        const [out, inner] = [Math.floor(at / hidden) % hidden, at % hidden];
-        values[i] = out === inner ? 1 : 0;
-      }
-    }
-    params[name] = engine.tensor(values, shape);
-  }
-  return params;
-}
-
-function checked(shapes: Shapes, params: Tree): Tree {
-  const found = new Map(leaves(params));
-  for (const [name, shape] of Object.entries(shapes)) {
-    const x = found.get(name);
-    if (x?.shape.join() !== shape.join()) {
-      throw new ShapeError(
-        `convAdapter: parameter "${name}" is ${x ? show(x) : "missing"}, expected [${shape.join(", ")}]`,
-      );
-    }
-  }
-  return params;
-}
-
-function leaf(params: Tree, name: string): Tensor {
-  const x = isTensor(params) ? undefined : Object.entries(params).find(([key]) => key === name)?.[1];
-  if (x === undefined || !isTensor(x)) throw new ShapeError(`convAdapter: the parameters lack a tensor "${name}"`);
-  return x;
 }

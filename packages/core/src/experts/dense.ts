@@ -51,9 +51,11 @@ export async function denseMatrices(
   const stacks = await Promise.all(
     found.map(async ([name, x]): Promise<[string, HostStack]> => {
       const widened = cast(x, "f32");
-      const data = Float64Array.from(await widened.data());
-      if (widened !== x) widened.dispose();
-      return [name, { data, shape: x.shape }];
+      try {
+        return [name, { data: Float64Array.from(await widened.data()), shape: x.shape }];
+      } finally {
+        if (widened !== x) widened.dispose();
+      }
     }),
   );
   return {

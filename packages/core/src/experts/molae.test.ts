@@ -116,6 +116,11 @@ describe("denseToMoLAE", () => {
     await expect(denseToMoLAE(dense, { group: 1, latent: 4 })).rejects.toThrow("rank 3 at most");
     await expect(denseToMoLAE(dense, { group: 2, latent: 0 })).rejects.toThrow(ShapeError);
     await expect(denseToMoLAE({}, { group: 2, latent: 1 })).rejects.toThrow("no parameters");
+    const { gateUp } = dense as { gateUp: Tensor };
+    const holed = floats(e, [NaN, ...noise(count * width * hidden - 1)], [count, width, hidden]);
+    const before = e.live();
+    await expect(denseToMoLAE({ gateUp, down: holed }, { group: 2, latent: 2 })).rejects.toThrow("entry 0 is NaN");
+    expect(e.live()).toBe(before);
   });
 });
 

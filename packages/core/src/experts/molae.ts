@@ -51,6 +51,8 @@ export function molae(options: MoLAEOptions): Experts {
   checkGroup("molae", count, group);
   const groups = count / group;
   const maps = gated ? ["gate", "up"] : ["up"];
+  if (down !== "latent" && down !== "full")
+    throw new ShapeError(`molae: down = "${down}"; expected "latent" or "full"`);
   const isLatent = down === "latent";
   const shapes: Shapes = Object.fromEntries<readonly number[]>([
     ...maps.flatMap((name): [string, number[]][] => [
@@ -173,7 +175,10 @@ function pairOfRow(pairSlots: Tensor, slots: Tensor, first: Tensor): Tensor {
   return where(less(slots, 0), -1, takeRows(rowOfSlot, takeRows(firstSlot, slots)));
 }
 
-/** The matrices of experts made by `molae`, as params of `glu` (or, without gate, `ffn`) with the same numbers. */
+/**
+ * The matrices of experts made by `molae`, as params of `glu` (or, without gate, `ffn`) with the same numbers. Biases and a down that was
+ * not factored are the same tensors.
+ */
 export function molaeToDense(params: Tree): Tree {
   const found = new Map(leaves(params));
   const up = leafAt(params, "up");
@@ -236,52 +241,55 @@ export async function denseToMoLAE(
       `denseToMoLAE: latent ${latent}, but stacks of ${group} experts have rank ${most} at most; choose at most that`,
     );
   }
-  const split: readonly [string, HostStack][] = gated
-    ? [
-        ["gate", part(stack("gateUp"), 0, hidden)],
-        ["up", part(stack("gateUp"), hidden, hidden)],
-      ]
-    : [["up", stack("up")]];
-  const own: Record<string, Tensor> = {};
-  const shared: Record<string, Tensor> = {};
-  const report: Record<string, MoLAEError> = {};
-  const store = (name: string, { a, b, error }: Factored, shapes: readonly [number[], number[]]): void => {
-    own[name] = engine.tensor(a, shapes[0]);
-    shared[name] = engine.tensor(b, shapes[1]);
-    report[name] = error;
-  };
-  const groups = count / group;
-  for (const [name, one] of split) {
-    // One below the other: as they lie.
-    const parts = groupsOf(one, group, (data) => ({ data, rows: group * hidden, columns: width }));
-    store(name, factored(parts, latent, false), [
-      [count, hidden, latent],
-      [groups, latent, width],
-    ]);
-  }
-  if (down === "latent") {
-    const parts = groupsOf(stack("down"), group, (data) => sideBySide(data, group, { rows: width, columns: hidden }));
-    const found = factored(parts, latent, true);
-    // The experts' parts lie side by side, [groups, latent, group * hidden]: apart, [experts, latent, hidden].
-    const apart = new Float64Array(found.a.length);
-    for (let i = 0; i < apart.length; i++) {
-      const [h, m, e] = [i % hidden, Math.floor(i / hidden) % latent, Math.floor(i / (hidden * latent))];
-      const [g, place] = [Math.floor(e / group), e % group];
-      apart[i] = found.a[((g * latent + m) * group + place) * hidden + h] as number;
+  // A scope: where a decomposition throws, what was stored before is freed.
+  return engine.scope(() => {
+    const split: readonly [string, HostStack][] = gated
+      ? [
+          ["gate", part(stack("gateUp"), 0, hidden)],
+          ["up", part(stack("gateUp"), hidden, hidden)],
+        ]
+      : [["up", stack("up")]];
+    const own: Record<string, Tensor> = {};
+    const shared: Record<string, Tensor> = {};
+    const report: Record<string, MoLAEError> = {};
+    const store = (name: string, { a, b, error }: Factored, shapes: readonly [number[], number[]]): void => {
+      own[name] = engine.tensor(a, shapes[0]);
+      shared[name] = engine.tensor(b, shapes[1]);
+      report[name] = error;
+    };
+    const groups = count / group;
+    for (const [name, one] of split) {
+      // One below the other: as they lie.
+      const parts = groupsOf(one, group, (data) => ({ data, rows: group * hidden, columns: width }));
+      store(name, factored(parts, latent, false), [
+        [count, hidden, latent],
+        [groups, latent, width],
+      ]);
     }
-    store("down", { ...found, a: apart }, [
-      [count, latent, hidden],
-      [groups, width, latent],
-    ]);
-  } else own.down = engine.tensor(stack("down").data, stack("down").shape);
-  for (const [name, bias] of biases) {
-    if (name === "gateUpBias") {
-      const [gate, up] = [0, hidden].map((from) => part({ ...bias, shape: [...bias.shape, 1] }, from, hidden).data);
-      own.gateBias = engine.tensor(gate as Float64Array, [count, hidden]);
-      own.upBias = engine.tensor(up as Float64Array, [count, hidden]);
-    } else own[name] = engine.tensor(bias.data, bias.shape);
-  }
-  return { params: { ...own, shared }, report };
+    if (down === "latent") {
+      const parts = groupsOf(stack("down"), group, (data) => sideBySide(data, group, { rows: width, columns: hidden }));
+      const found = factored(parts, latent, true);
+      // The experts' parts lie side by side, [groups, latent, group * hidden]: apart, [experts, latent, hidden].
+      const apart = new Float64Array(found.a.length);
+      for (let i = 0; i < apart.length; i++) {
+        const [h, m, e] = [i % hidden, Math.floor(i / hidden) % latent, Math.floor(i / (hidden * latent))];
+        const [g, place] = [Math.floor(e / group), e % group];
+        apart[i] = found.a[((g * latent + m) * group + place) * hidden + h] as number;
+      }
+      store("down", { ...found, a: apart }, [
+        [count, latent, hidden],
+        [groups, width, latent],
+      ]);
+    } else own.down = engine.tensor(stack("down").data, stack("down").shape);
+    for (const [name, bias] of biases) {
+      if (name === "gateUpBias") {
+        const [gate, up] = [0, hidden].map((from) => part({ ...bias, shape: [...bias.shape, 1] }, from, hidden).data);
+        own.gateBias = engine.tensor(gate as Float64Array, [count, hidden]);
+        own.upBias = engine.tensor(up as Float64Array, [count, hidden]);
+      } else own[name] = engine.tensor(bias.data, bias.shape);
+    }
+    return { params: { ...own, shared }, report };
+  });
 }
 
 interface Factored {
@@ -315,7 +323,15 @@ function factored(parts: readonly HostMatrix[], latent: number, turned: boolean)
     }
     return { a: turned ? right : left, b: turned ? left : right, s, given: data, made };
   });
-  const joined = (lists: readonly Float64Array[]): Float64Array => Float64Array.from(lists.flatMap((x) => [...x]));
+  const joined = (lists: readonly Float64Array[]): Float64Array => {
+    const all = new Float64Array(lists.reduce((total, { length }) => total + length, 0));
+    let at = 0;
+    for (const list of lists) {
+      all.set(list, at);
+      at += list.length;
+    }
+    return all;
+  };
   return {
     a: joined(found.map(({ a }) => a)),
     b: joined(found.map(({ b }) => b)),

@@ -99,6 +99,10 @@ describe("denseToMpo", () => {
     await expect(denseToMpo(dense, { ...form, hiddenDims: [2, 3], count: 2 })).rejects.toThrow("up is [1, 8, 6]");
     await expect(denseToMpo(dense, { ...form, count: 0 })).rejects.toThrow(ShapeError);
     const { up } = dense as { up: Tensor };
+    const before = e.live();
+    const holed = floats(e, [NaN, ...noise(47)], [1, 6, 8]);
+    await expect(denseToMpo({ up, down: holed }, { ...form, count: 2 })).rejects.toThrow("entry 0 is NaN");
+    expect(e.live()).toBe(before + 1);
     await expect(denseToMpo({ up, down: up }, { ...form, count: 2 })).rejects.toThrow("do not belong together");
   });
 });

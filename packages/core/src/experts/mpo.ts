@@ -239,46 +239,49 @@ export async function denseToMpo(
   const { count } = form;
   checkSizes("denseToMpo", { count });
   const { engine, gated, matrices, biases } = await denseMatrices("denseToMpo", dense);
-  const own: Record<string, Tensor> = {};
-  const shared: Record<string, Tensor> = {};
-  const report: Record<string, MpoError> = {};
-  for (const { name, inputs, outputs, sizes, central } of operatorsOf(form, gated)) {
-    const given = matrices.get(name);
-    const [experts = 0, rows = 0, columns = 0] = given?.shape ?? [];
-    if (given === undefined || rows !== outputs || columns !== inputs) {
-      throw new ShapeError(
-        `denseToMpo: ${name} is [${given?.shape.join(", ") ?? "missing"}]; expected [experts, ${outputs}, ${inputs}] by the dims`,
-      );
-    }
-    const each = (e: number): Float64Array => given.data.slice(e * rows * columns, (e + 1) * rows * columns);
-    const mean = new Float64Array(rows * columns);
-    for (let e = 0; e < experts; e++)
-      each(e).forEach((x, i) => {
-        mean[i] = (mean[i] as number) + x / experts;
+  // A scope: where a decomposition throws, what was stored before is freed.
+  return engine.scope(() => {
+    const own: Record<string, Tensor> = {};
+    const shared: Record<string, Tensor> = {};
+    const report: Record<string, MpoError> = {};
+    for (const { name, inputs, outputs, sizes, central } of operatorsOf(form, gated)) {
+      const given = matrices.get(name);
+      const [experts = 0, rows = 0, columns = 0] = given?.shape ?? [];
+      if (given === undefined || rows !== outputs || columns !== inputs) {
+        throw new ShapeError(
+          `denseToMpo: ${name} is [${given?.shape.join(", ") ?? "missing"}]; expected [experts, ${outputs}, ${inputs}] by the dims`,
+        );
+      }
+      const each = (e: number): Float64Array => given.data.slice(e * rows * columns, (e + 1) * rows * columns);
+      const mean = new Float64Array(rows * columns);
+      for (let e = 0; e < experts; e++)
+        each(e).forEach((x, i) => {
+          mean[i] = (mean[i] as number) + x / experts;
+        });
+      const { cores, bonds, singularValues } = mpoDecompose(transposed({ data: mean, rows, columns }), sizes);
+      cores.forEach((core, k) => {
+        if (k === central) shared[`${name}Central`] = engine.tensor(core.data, core.shape);
+        else own[`${name}${k}`] = repeated(engine, core, count);
       });
-    const { cores, bonds, singularValues } = mpoDecompose(transposed({ data: mean, rows, columns }), sizes);
-    cores.forEach((core, k) => {
-      if (k === central) shared[`${name}Central`] = engine.tensor(core.data, core.shape);
-      else own[`${name}${k}`] = repeated(engine, core, count);
-    });
-    const made = mpoReconstruct(cores);
-    const back = transposed(made).data; // [out, in]
-    report[name] = {
-      ...relativeError(Array.from({ length: experts }, (_, e) => [each(e), back] as const)),
-      bonds,
-      singularValues,
-    };
-  }
-  for (const [name, { data, shape }] of biases) {
-    const [experts = 1, width = 0] = shape;
-    const mean = Float64Array.from({ length: width }, (_, i) => {
-      let sum = 0;
-      for (let e = 0; e < experts; e++) sum += (data[e * width + i] as number) / experts;
-      return sum;
-    });
-    own[name] = repeated(engine, { shape: [width], data: mean }, count);
-  }
-  return { params: { ...own, shared }, report };
+      const made = mpoReconstruct(cores);
+      const back = transposed(made).data; // [out, in]
+      report[name] = {
+        ...relativeError(Array.from({ length: experts }, (_, e) => [each(e), back] as const)),
+        bonds,
+        singularValues,
+      };
+    }
+    for (const [name, { data, shape }] of biases) {
+      const [experts = 1, width = 0] = shape;
+      const mean = Float64Array.from({ length: width }, (_, i) => {
+        let sum = 0;
+        for (let e = 0; e < experts; e++) sum += (data[e * width + i] as number) / experts;
+        return sum;
+      });
+      own[name] = repeated(engine, { shape: [width], data: mean }, count);
+    }
+    return { params: { ...own, shared }, report };
+  });
 }
 
 /** A core for every expert, `[count, ...]`. */

@@ -77,6 +77,7 @@ describe("pluginFault", () => {
     [undefined, /^it is undefined, not an object/],
     [null, /it is null, not an object/],
     ["topK", /it is a string/],
+    [() => 1, /it is a function, not an object; what defineRouter gives is the factory: export that itself/],
     [{ ...rest }, /its name must be a word/],
     [{ name: "x", ...rest, init: undefined }, /no init\(context\)/],
     [{ name: "x", ...rest, causal: { training: true } }, /causal must say/],

@@ -131,8 +131,10 @@ function nameFault(name: unknown): string | undefined {
 
 /** Why a value is no router plugin, in words; undefined when it is one. For whoever takes plugins from other people's modules. */
 export function pluginFault(value: unknown): string | undefined {
-  if (typeof value !== "object" || value === null)
-    return `it is ${value === null || value === undefined ? String(value) : `a ${typeof value}`}, not an object`;
+  if (typeof value !== "object" || value === null) {
+    const hint = typeof value === "function" ? "; what defineRouter gives is the factory: export that itself" : "";
+    return `it is ${value === null || value === undefined ? String(value) : `a ${typeof value}`}, not an object${hint}`;
+  }
   const { name, causal, needs, plans, gives, options, expertsPerToken, sharedExperts, perSample, init } =
     value as Record<string, unknown>;
   const record = (x: unknown): x is Record<string, unknown> => typeof x === "object" && x !== null && !Array.isArray(x);

@@ -137,7 +137,7 @@ export const thorFamily: Family = async (one, on) => {
     return {
       consistency_sum: sum,
       consistency_mean_over_tokens: mean,
-      dispatch_output: output(oneExpert(tensor(on, x), ids)),
+      dispatch_output: output(oneExpert(tensor(on, x), on.tensor(Int32Array.from(ids), [ids.length, 1]))),
       ensemble_output: output(),
     };
   });
