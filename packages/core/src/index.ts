@@ -19,5 +19,4 @@ export * from "./ops/reduce.ts";
 export * from "./ops/rows.ts";
 export * from "./ops/shape.ts";
 export { type Random, random } from "./random.ts";
-export { type HostMatrix, type Svd, svd } from "./svd.ts";
 export { dispose, isTensor, leaves, mapTree, type Tensor, type Tree } from "./tensor.ts";

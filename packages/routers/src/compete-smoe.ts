@@ -80,8 +80,8 @@ const keyOf = (layer: number): string => `competeSMoE.${layer}`;
 
 /**
  * Top-k by softmax, taught by competitions. Params: `weight [experts, width]`. It competes where `input.schedule` says
- * so, in training only: without the hook `competeSMoESchedule` never. A competition runs every expert on every token
- * and hands their outputs on, so that they are not computed twice. `logits` and `probabilities` are the router's in all
+ * so, in training only: without the hook `competeSMoESchedule` of @switchyard/routers/compete-smoe never. A competition
+ * runs every expert on every token and hands their outputs on, so that they are not computed twice. `logits` and `probabilities` are the router's in all
  * steps. Metric `competition` [], in training: 1 in a step with competition, else 0.
  * `init` throws ShapeError when k is not in 1..experts; `route` throws UnsupportedError when it is to compete and the
  * caller supplies no `everyExpert`.

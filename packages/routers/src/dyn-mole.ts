@@ -74,7 +74,7 @@ function settings(options: DynMoLEOptions): Settings {
  * Each token takes its most probable experts up to a sum, at least k, or all where it is uncertain; the same in
  * training and evaluation. Params: `weight [experts, width]`. The plan has a slot for every expert, so devices that
  * cannot read counts reserve memory for all. The losses are one per layer; for the released form over all layers at
- * once set both weights to 0 and train with `dynMoLEHook`.
+ * once set both weights to 0 and train with `dynMoLEHook` of @switchyard/routers/dyn-mole.
  *
  * @example dynMoLE({ topP: 0.75, k: 2 })
  */

@@ -33,7 +33,10 @@ export interface GraphOptions {
   readonly mixing?: "probabilities" | "logits";
   /** Share of the token's own distribution that is kept out of the mixture, 0..1; default 0. At 1 this is `topK`. */
   readonly selfWeight?: number;
-  /** Divides the weights of the chosen experts by their sum; default true. */
+  /**
+   * Divides the weights of the chosen experts by their sum; default true. With k = 1 every weight is then 1, and the
+   * gate learns from its losses alone.
+   */
   readonly renormalize?: boolean;
   /** Adds a learned bias to the logits; default false. */
   readonly bias?: boolean;

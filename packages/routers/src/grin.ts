@@ -59,8 +59,8 @@ export type SparseMixerVersion = "v1" | "v2";
 
 /**
  * Each token samples its k experts in training and takes the best ones in evaluation; the weights are not divided by
- * their sum. Params: `weight [experts, width]`. For v1 give the layer `scaledExperts`. `init` throws ShapeError when k
- * is not in 1..experts.
+ * their sum. Params: `weight [experts, width]`. For v1 give the layer `scaledExperts` of @switchyard/routers/grin.
+ * `init` throws ShapeError when k is not in 1..experts.
  *
  * @example grin({ k: 2, jitter: 0.1 })
  */

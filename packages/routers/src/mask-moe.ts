@@ -40,7 +40,10 @@ export interface MaskMoEOptions {
   readonly visible?: number;
   /** Share of all occurrences that the frequent ids make up, 0..1; default 0.4. */
   readonly frequentMass?: number;
-  /** Divides the weights of the chosen experts by their sum; default false. */
+  /**
+   * Divides the weights of the chosen experts by their sum; default false. With k = 1 every weight is then 1, and the
+   * gate learns from the balance loss alone.
+   */
   readonly renormalize?: boolean;
   /** Weight of the balance loss, with the f summing to at most k; default 0.01. */
   readonly balance?: number;

@@ -47,7 +47,10 @@ import {
 } from "./parts.ts";
 
 export interface NullExpertsOptions {
-  /** Slots of a token, filled by real or null experts: the most real experts it may get. */
+  /**
+   * Slots of a token, filled by real or null experts: the most real experts it may get. With k = 1 every weight is 1,
+   * and the gate learns from its losses alone.
+   */
   readonly k: number;
   /** Share of the slots that real experts shall fill, above 0 and at most 1; default 0.5. At 1 there is no null expert. */
   readonly rho?: number;

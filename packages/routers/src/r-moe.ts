@@ -41,7 +41,10 @@ export interface RMoEOptions {
   readonly size?: number;
   /** Default "gru". */
   readonly cell?: "gru" | "rnn";
-  /** Divides the weights of the chosen experts by their sum; default true. */
+  /**
+   * Divides the weights of the chosen experts by their sum; default true. With k = 1 every weight is then 1, and the
+   * router learns from its losses alone.
+   */
   readonly renormalize?: boolean;
   /** Weight of the balance loss, E Σ f P with the f summing to k; default 0.001. */
   readonly balance?: number;

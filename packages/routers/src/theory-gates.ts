@@ -45,7 +45,10 @@ export type TheoryGate = "dense" | "sparse" | "hierarchical" | "sigmoid";
 export interface TheoryGatesOptions {
   /** Default "sparse". */
   readonly gate?: TheoryGate;
-  /** Experts per token of "sparse" and "sigmoid"; default 2. With "sigmoid" 0 means all. */
+  /**
+   * Experts per token of "sparse" and "sigmoid"; default 2. With "sigmoid" 0 means all. One expert has the weight 1,
+   * from which the gate does not learn (but for "sigmoid" divided by the sum over all).
+   */
   readonly k?: number;
   /** What the weights of "sigmoid" are divided by: the sum over the "selected" (default), or over "all" experts. */
   readonly over?: "selected" | "all";

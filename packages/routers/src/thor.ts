@@ -49,8 +49,8 @@ export interface ThorOptions {
 }
 
 /**
- * Every expert learns the same task on its own batches; nothing is learned or stored here. Train it with `thorHook`,
- * without which the experts are not asked to agree. Dispatched tokens draw by layer, row of the batch and position among
+ * Every expert learns the same task on its own batches; nothing is learned or stored here. Train it with `thorHook` of
+ * @switchyard/routers/thor, without which the experts are not asked to agree. Dispatched tokens draw by layer, row of the batch and position among
  * the real tokens, so that decoding with a cache goes on as without one and padding changes nothing.
  *
  * @example trainer(engine, task, { optimiser, hooks: [thorHook()] })

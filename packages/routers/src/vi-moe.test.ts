@@ -1,5 +1,5 @@
-import { random, sum } from "@switchyard/core";
-import { ffn, moeLayer, type Routed } from "@switchyard/core/moe";
+import { dispose, random, sum } from "@switchyard/core";
+import { ffn, layerParams, moeLayer, type Routed } from "@switchyard/core/moe";
 import { routerContext, testRouter } from "@switchyard/testing";
 import { describe, expect, it } from "vitest";
 import { selecting } from "../test/families/parts.ts";
@@ -38,6 +38,15 @@ describe("viMoE", () => {
     const found = await learn(on, layer, { x, target: x, steps: 40, rate: 0.3, also });
     expect(found.error.at(-1)).toBeLessThan(0.8 * (found.error[0] ?? 0));
     expect(found.also[0]).toBeCloseTo(10, 9);
+  });
+  it("asks for one shared expert, as many as told, or none", () => {
+    expect(viMoE().sharedExperts).toBe(1);
+    const sizes = { engine: on, width: 3 };
+    const experts = ffn({ count: 4, hidden: 4, random: random(on, 1), ...sizes });
+    expect(() => moeLayer(viMoE(), sizes, { experts })).toThrow("it asks for 1 shared expert, and the layer has none");
+    expect(() => moeLayer(viMoE({ shared: 2 }), sizes, { experts })).toThrow("it asks for 2 shared experts");
+    dispose(layerParams(moeLayer(viMoE({ shared: 0 }), sizes, { experts })));
+    expect(() => viMoE({ shared: 0.5 })).toThrow("viMoE: shared = 0.5");
   });
   it("refuses k that no layer has", () => {
     expect(() => viMoE({ k: 4 }).init(routerContext(on, { experts: 3 }))).toThrow("viMoE: k = 4 of 3 experts");

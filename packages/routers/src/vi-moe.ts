@@ -1,7 +1,7 @@
 // ViMoE (2410.15732): top-1 softmax routing in the last layers of a Vision Transformer beside one expert that is always
 // on, and the analysis that tells which of these layers are worth keeping.
 //   y = f_shared(x) + p_i f_i(x), i = argmax p, p = softmax(x Wᵀ)
-// The shared expert is the layer's: give `shared` to moeLayer. The analysis: h_ce = share of class c's choices that go
+// The shared expert is the layer's; the router asks for it. The analysis: h_ce = share of class c's choices that go
 // to expert e, specialisation of c = 1 - H(h_c) / ln E, a layer's = the mean over its classes; layers above a threshold
 // stay.
 import {
@@ -25,6 +25,8 @@ import { topK } from "./top-k.ts";
 export interface ViMoEOptions {
   /** Routed experts per token, beside the shared one; default 1. */
   readonly k?: number;
+  /** Experts that every token goes through beside these; default 1, 0 for none. */
+  readonly shared?: number;
   /** Weight of the balance loss, E Σ f P with the f summing to k; default 0.01. */
   readonly balance?: number;
   /** Weight of the router z-loss (2202.08906), which the paper does not have; default 0. */
@@ -32,19 +34,24 @@ export interface ViMoEOptions {
 }
 
 /**
- * Each token takes its k best experts at their probabilities, which are not divided by their sum. Meant for a layer
- * with one shared expert. Params: `weight [experts, width]`. `init` throws ShapeError when k is not in 1..experts.
+ * Each token takes its k best experts at their probabilities, which are not divided by their sum, in a layer with a
+ * shared expert: `transformer` makes it, `moeLayer` refuses to do without. Params: `weight [experts, width]`. `init`
+ * throws ShapeError when k is not in 1..experts.
  *
  * @example moeLayer(viMoE(), context, { experts, shared: [{ experts: glu({ count: 1, ...sizes }) }] })
  */
 export function viMoE(options: ViMoEOptions = {}): RouterPlugin {
-  const { k = 1, balance = 0.01, zLoss = 0 } = options;
+  const { k = 1, shared = 1, balance = 0.01, zLoss = 0 } = options;
   checkNotNegative("viMoE", { balance, zLoss });
+  if (!Number.isInteger(shared) || shared < 0) {
+    throw new ShapeError(`viMoE: shared = ${shared}; expected a whole number of experts, 0 for none`);
+  }
   const inner = topK({ k, order: "softmax-topk", balance, zLoss });
   return {
     ...inner,
     name: "viMoE",
-    options: { k, balance, zLoss },
+    sharedExperts: shared,
+    options: { k, shared, balance, zLoss },
     init(context) {
       checkK("viMoE", k, context.experts);
       return inner.init(context);

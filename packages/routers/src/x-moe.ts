@@ -39,6 +39,7 @@ import {
   checkWord,
   leaf,
   maskOf,
+  normalisedSigmoid,
   normalTensor,
   type RouterCard,
   usualLosses,
@@ -116,7 +117,7 @@ export function xMoE(options: XMoEOptions = {}): RouterPlugin {
     return {
       plan: mask ? maskPlan(plan, mask) : plan,
       logits,
-      probabilities: gate === "softmax" ? softened : div(softened, sumLast(softened)),
+      probabilities: gate === "softmax" ? softened : normalisedSigmoid(logits),
       losses: evened
         ? usualLosses(input, { logits, probabilities: softmax(balanced()), experts, balance, zLoss: 0 })
         : {},

@@ -2,20 +2,10 @@
 
 export * from "./adapter.ts";
 export * from "./conv-adapter.ts";
-export type { FactorError } from "./dense.ts";
 export * from "./heterogeneous.ts";
 export * from "./lora.ts";
 export * from "./low-dimensional.ts";
-export * from "./molae.ts";
-export * from "./mpo.ts";
-export {
-  type MpoCore,
-  type MpoDecomposition,
-  type MpoDims,
-  type MpoSizes,
-  mpoDecompose,
-  mpoParameterCount,
-  mpoReconstruct,
-} from "./mpo-decompose.ts";
+export { type MoLAEOptions, molae, molaeToDense } from "./molae.ts";
+export { type MpoForm, type MpoOptions, mpo, mpoToDense } from "./mpo.ts";
 export * from "./mu-moe.ts";
 export * from "./prompt.ts";

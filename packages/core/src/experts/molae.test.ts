@@ -3,13 +3,14 @@
 import { describe, expect, it } from "vitest";
 import { counted } from "../counted.ts";
 import { ShapeError } from "../errors.ts";
+import { denseToMoLAE } from "../factors/dense-to-molae.ts";
+import { svd } from "../factors/svd.ts";
 import { ffn, glu } from "../moe/experts.ts";
 import { close, float64, floats, ids, noise, numbers } from "../moe/moe.test-util.ts";
 import { cast } from "../ops/elementwise.ts";
 import { random } from "../random.ts";
-import { svd } from "../svd.ts";
 import { dispose, leaves, mapTree, type Tensor, type Tree } from "../tensor.ts";
-import { denseToMoLAE, molae, molaeToDense } from "./molae.ts";
+import { molae, molaeToDense } from "./molae.ts";
 
 const [count, width, hidden] = [4, 5, 3];
 const layout = { batch: 1, sequence: 6, past: 0 };
@@ -116,11 +117,14 @@ describe("denseToMoLAE", () => {
     await expect(denseToMoLAE(dense, { group: 1, latent: 4 })).rejects.toThrow("rank 3 at most");
     await expect(denseToMoLAE(dense, { group: 2, latent: 0 })).rejects.toThrow(ShapeError);
     await expect(denseToMoLAE({}, { group: 2, latent: 1 })).rejects.toThrow("no parameters");
-    const { gateUp } = dense as { gateUp: Tensor };
+    const { up } = dense as { up: Tensor };
     const holed = floats(e, [NaN, ...noise(count * width * hidden - 1)], [count, width, hidden]);
     const before = e.live();
-    await expect(denseToMoLAE({ gateUp, down: holed }, { group: 2, latent: 2 })).rejects.toThrow("entry 0 is NaN");
+    await expect(denseToMoLAE({ up, down: holed }, { group: 2, latent: 2 })).rejects.toThrow("entry 0 is NaN");
     expect(e.live()).toBe(before);
+    const wrong = { count, width, hidden, latent: 2, down: JSON.parse('"whole"'), engine: e, random: random(e, 3) };
+    expect(() => molae(wrong)).toThrow('down = "whole"; expected "latent" or "full"');
+    await expect(denseToMoLAE(dense, { group: 2, ...wrong })).rejects.toThrow('down = "whole"');
   });
 });
 

@@ -6,14 +6,15 @@ import { counted } from "../counted.ts";
 import { cpu } from "../cpu/index.ts";
 import { engine } from "../engine.ts";
 import { ShapeError } from "../errors.ts";
+import { denseToMpo } from "../factors/dense-to-mpo.ts";
+import { mpoParameterCount } from "../factors/mpo-decompose.ts";
 import { ffn, glu } from "../moe/experts.ts";
 import { close, float64, floats, ids, noise, numbers } from "../moe/moe.test-util.ts";
 import type { Experts } from "../moe/plan.ts";
 import { sum } from "../ops/reduce.ts";
 import { random } from "../random.ts";
 import { dispose, leaves, mapTree, type Tensor } from "../tensor.ts";
-import { denseToMpo, mpo, mpoToDense } from "./mpo.ts";
-import { mpoParameterCount } from "./mpo-decompose.ts";
+import { mpo, mpoToDense } from "./mpo.ts";
 
 const form = { widthDims: [3, 2], hiddenDims: [2, 4] };
 const layout = { batch: 1, sequence: 6, past: 0 };

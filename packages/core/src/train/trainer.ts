@@ -190,7 +190,7 @@ export interface Trainer<B> {
    * @throws CheckpointError, before anything changes, when the snapshot does not fit this task and optimiser.
    */
   restore(snapshot: TrainerSnapshot): void;
-  /** Frees parameters, buffers and optimiser state. */
+  /** Frees parameters, buffers, optimiser and hook state. */
   dispose(): void;
 }
 
@@ -718,6 +718,7 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     dispose() {
       undisturbed("dispose");
       for (const tensor of Object.values(named())) tensor.dispose();
+      for (const hook of hooks) setState(hook, undefined); // a hook may go on to another trainer
       unusable = "it was disposed";
     },
   };

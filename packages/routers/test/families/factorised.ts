@@ -1,15 +1,7 @@
 // Vectors of the factorised experts: muMoE, MPOE, MoLAE.
 import { concat, dispose, leaves, random, reshape, slice, type Tensor, type Tree, transpose } from "@switchyard/core";
-import {
-  denseToMoLAE,
-  denseToMpo,
-  molae,
-  molaeToDense,
-  mpo,
-  mpoParameterCount,
-  mpoToDense,
-  muMoEExperts,
-} from "@switchyard/core/experts";
+import { molae, molaeToDense, mpo, mpoToDense, muMoEExperts } from "@switchyard/core/experts";
+import { denseToMoLAE, denseToMpo, mpoParameterCount } from "@switchyard/core/factors";
 import type { Experts } from "@switchyard/core/moe";
 import { routerContext, routerInput } from "@switchyard/testing";
 import { muMoE } from "../../src/mu-moe.ts";

@@ -142,7 +142,8 @@ export const sharedExpertsFamily: Family = async (one, on) => {
   const classes = Math.max(...labels) + 1;
   const output = (shared?: SharedExperts): { readonly output: Tensor; readonly routed: Routed } => {
     const parts = { experts: tanhExperts(on, own), ...(shared ? { shared: [shared] } : {}) };
-    const layer = moeLayer(viMoE({ k: number(one, "k") }), { engine: on, width }, parts);
+    const plugin = viMoE({ k: number(one, "k"), shared: shared ? 1 : 0 });
+    const layer = moeLayer(plugin, { engine: on, width }, parts);
     const params = { ...(layerParams(layer) as Readonly<Record<string, Tensor>>) };
     const router = { weight: tensor(on, turned(w)) };
     return moe(layer, { ...params, router }, layerInput(layer, tensor(on, x)));

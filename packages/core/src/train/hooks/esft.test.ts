@@ -163,6 +163,7 @@ describe("the selection", () => {
       [0.75, 0],
     ]);
     closeTo(normaliseScores([[0, 0]]), [[0, 0]]);
+    expect(() => selectExperts([[1], [0.5, Number.NaN]], 0.5)).toThrow("the score of expert 1 in layer 1 is NaN");
   });
 });
 
@@ -174,6 +175,10 @@ describe("the file expert_cfg", () => {
     expect(readExpertConfig(written)).toEqual(config);
     expect(readExpertConfig('{"experts": {"0": [1]}}')).toEqual(esftConfig([[1]]));
     expect(() => esftConfig([[1], [2]], { blocks: [1, 1] })).toThrow("one different number each");
+    expect(() => esftConfig([[1]], { blocks: [0.5] })).toThrow("one different number each");
+    expect(() => esftConfig([[1], [2, 2]])).toThrow("layer 1 has [2,2]; expected different whole numbers from 0");
+    const long = Array.from({ length: 1000 }, () => 7);
+    expect(() => esftConfig([long])).toThrow(/has \[[7,]+\.\.\.; expected/);
   });
 
   it.each([
@@ -183,6 +188,13 @@ describe("the file expert_cfg", () => {
     ['{"experts":{"a":[]}}', 'the layer "a" is not a number'],
     ['{"experts":{"1":[0.5]}}', "layer 1 has [0.5], not different ids"],
     ['{"experts":{"1":[2,2]}}', "layer 1 has [2,2], not different ids"],
+    ['{"experts":{"01":[1]}}', 'the layer "01" is not a number'],
+    ['{"experts":{"__proto__":[1]}}', 'the layer "__proto__" is not a number'],
+    ['{"experts":{"1":{"length":2}}}', 'layer 1 has {"length":2}, not different ids'],
+    ['{"experts":{"1":[-1]}}', "layer 1 has [-1], not different ids"],
+    ['{"experts":{"1":[1e300]}}', "layer 1 has [1e+300], not different ids"],
+    ['{"experts":[[0]]}', '"experts" is [[0]], not a record'],
+    ['{"experts":{},"non_expert_modules":null}', '"non_expert_modules" is null, not true or false'],
     ['{"experts":{},"shared_experts":1}', '"shared_experts" is 1, not true or false'],
   ])("refuses %s", (text, message) => {
     expect(() => readExpertConfig(text)).toThrow(message);
@@ -203,6 +215,7 @@ describe("the hook esft", () => {
     ["layers.3.moe.experts.down", { part: "experts", block: 3 }],
     ["experts.up", { part: "experts", block: 0 }],
     ["layers.3.moe.experts.shared.core", { part: "shared" }],
+    ["layers.3.moe.experts.lora.shared.a", { part: "shared" }],
     ["layers.3.moe.shared.0.experts.down", { part: "shared" }],
     ["layers.3.moe.router.weight", { part: "other" }],
     ["embed", { part: "other" }],
@@ -285,6 +298,10 @@ describe("the hook esft", () => {
     const refused = (given: ExpertConfig) => () => hookOf(e, given);
     expect(refused(esftConfig([[0]]))).toThrow('no entry for block 1 of "layers.1.moe.experts.gateUp", only for 0');
     expect(refused(esftConfig([[0], [5]]))).toThrow("trains expert 5 of block 1");
+    const doubled = hookOf(e, { ...config, experts: { 0: Array.from({ length: count }, () => 2), 1: [] } });
+    const mask = doubled.updateMask?.("layers.0.moe.experts.down");
+    if (!mask) throw new Error("one expert is trained, so there is a mask");
+    expect(mask.size).toBe(count);
     expect(refused(esftConfig([[0], [1], [2]]))).toThrow("names block 2; the experts are in 0, 1");
     expect(() => hookOf(e).updateMask?.("layers.9.x")).toThrow('parameter "layers.9.x" was not among the params');
   });

@@ -56,6 +56,8 @@ export interface EsftStatistics {
 export function esftStatistics({ experts, mean = "samples", k }: EsftStatisticsOptions): EsftStatistics {
   if (!Number.isInteger(experts) || experts < 1)
     throw new ShapeError(`esftStatistics: experts = ${experts}; expected a whole number from 1`);
+  if (k !== undefined && (!Number.isInteger(k) || k < 1))
+    throw new ShapeError(`esftStatistics: k = ${k}; expected a whole number from 1`);
   if (mean !== "samples" && mean !== "tokens")
     throw new ShapeError(`esftStatistics: mean = "${mean}"; expected "samples" or "tokens"`);
   let depth: number | undefined;
@@ -178,7 +180,12 @@ export function normaliseScores(
  */
 export function selectExperts(scores: readonly (readonly number[])[], p: number): number[][] {
   if (!(p >= 0 && p <= 1)) throw new ShapeError(`selectExperts: p = ${p}; expected a number from 0 to 1`);
-  return scores.map((row) => {
+  return scores.map((row, layer) => {
+    const odd = row.findIndex((score) => !Number.isFinite(score));
+    if (odd >= 0)
+      throw new ShapeError(
+        `selectExperts: the score of expert ${odd} in layer ${layer} is ${row[odd]}; expected numbers`,
+      );
     const order = row.map((_, e) => e).sort((a, b) => (row[b] ?? 0) - (row[a] ?? 0) || a - b);
     const taken: number[] = [];
     let reached = 0;
@@ -210,15 +217,30 @@ export function esftConfig(
   } = {},
 ): ExpertConfig {
   const { blocks = selected.map((_, i) => i), sharedExperts = false, nonExpertModules = false } = options;
-  if (blocks.length !== selected.length || new Set(blocks).size < blocks.length)
+  if (blocks.length !== selected.length || !areIds(blocks))
     throw new ShapeError(
       `esftConfig: blocks ${blocks.join(", ")} for ${selected.length} layers; expected one different number each`,
+    );
+  const odd = selected.findIndex((ids) => !areIds(ids));
+  if (odd >= 0)
+    throw new ShapeError(
+      `esftConfig: layer ${odd} has ${brief(selected[odd])}; expected different whole numbers from 0`,
     );
   return {
     experts: Object.fromEntries(selected.map((ids, i) => [`${blocks[i]}`, [...ids]])),
     shared_experts: sharedExperts,
     non_expert_modules: nonExpertModules,
   };
+}
+
+/** Different whole numbers from 0. */
+const areIds = (ids: readonly unknown[]): boolean =>
+  ids.every((id) => Number.isSafeInteger(id) && (id as number) >= 0) && new Set(ids).size === ids.length;
+
+/** JSON of what was found, cut where it gets long. */
+function brief(value: unknown): string {
+  const text = `${JSON.stringify(value)}`;
+  return text.length > 80 ? `${text.slice(0, 80)}...` : text;
 }
 
 /** The file's text, as the released code writes and reads it. */
@@ -241,17 +263,16 @@ export function readExpertConfig(text: string): ExpertConfig {
   const record = (value: unknown, what: string): Readonly<Record<string, unknown>> =>
     typeof value === "object" && value !== null && !Array.isArray(value)
       ? (value as Readonly<Record<string, unknown>>)
-      : refuse(`${what} is ${JSON.stringify(value)}, not a record`);
+      : refuse(`${what} is ${brief(value)}, not a record`);
   const file = record(json, "the file");
   const experts = Object.entries(record(file.experts, '"experts"')).map(([block, ids]): [string, number[]] => {
-    if (!/^\d+$/.test(block)) refuse(`the layer "${block}" is not a number`);
-    const good = Array.isArray(ids) && ids.every((id) => Number.isInteger(id) && id >= 0);
-    if (!good || new Set(ids).size < ids.length) refuse(`layer ${block} has ${JSON.stringify(ids)}, not different ids`);
-    return [block, ids as number[]];
+    if (!/^(0|[1-9]\d{0,8})$/.test(block)) refuse(`the layer ${brief(block)} is not a number`);
+    if (!Array.isArray(ids) || !areIds(ids)) return refuse(`layer ${block} has ${brief(ids)}, not different ids`);
+    return [block, ids];
   });
   const flag = (name: string): boolean => {
-    const value = file[name] ?? false;
-    return typeof value === "boolean" ? value : refuse(`"${name}" is ${JSON.stringify(value)}, not true or false`);
+    const value = file[name] === undefined ? false : file[name];
+    return typeof value === "boolean" ? value : refuse(`"${name}" is ${brief(value)}, not true or false`);
   };
   return {
     experts: Object.fromEntries(experts),
@@ -276,14 +297,14 @@ export interface EsftOptions {
 
 /**
  * Default reading of a path: "layers.3.moe.experts.down" are routed experts of block 3, "layers.3.moe.shared.0..." and
- * what routed experts share ("layers.3.moe.experts.shared...") are shared ones, everything else (router, attention,
+ * what routed experts share ("layers.3.moe.experts.shared...", in a set of its own "...experts.lora.shared...") are shared ones, everything else (router, attention,
  * embedding) is "other".
  */
 export function esftPart(path: string): EsftPart {
   const names = path.split(".");
   const found = names.findIndex((name) => name === "experts" || name === "shared");
   if (found < 0) return { part: "other" };
-  if (names[found] === "shared" || names[found + 1] === "shared") return { part: "shared" };
+  if (names.includes("shared", found)) return { part: "shared" };
   const block = names.slice(0, found).findLast((name) => /^\d+$/.test(name));
   return { part: "experts", block: Number(block ?? 0) };
 }
@@ -305,12 +326,13 @@ export function esft({ engine, config, params, partOf = esftPart }: EsftOptions)
       continue;
     }
     const [count = 0, ...rest] = shape;
-    const ids = config.experts[found.block];
-    if (ids === undefined)
+    const named = config.experts[found.block];
+    if (named === undefined)
       throw new ShapeError(
         `esft: the config has no entry for block ${found.block} of "${path}", only for ` +
           `${Object.keys(config.experts).join(", ") || "none"}; [] freezes all its experts`,
       );
+    const ids = [...new Set(named)];
     const wrong = ids.find((id) => !Number.isInteger(id) || id < 0 || id >= count);
     if (wrong !== undefined)
       throw new ShapeError(`esft: the config trains expert ${wrong} of block ${found.block}, "${path}" has ${count}`);

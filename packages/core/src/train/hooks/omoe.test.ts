@@ -1,9 +1,10 @@
 import { describe, expect, it } from "vitest";
 import { cpu } from "../../cpu/index.ts";
 import { type Engine, engine } from "../../engine.ts";
+import { lowDimensional } from "../../experts/low-dimensional.ts";
 import type { TrainingHook } from "../../moe/plan.ts";
 import { leaves, type Tensor, type Tree } from "../../tensor.ts";
-import { count, hidden, numbersOf, resumes, train, width } from "./hooks.test-util.ts";
+import { count, hidden, type ModelOptions, numbersOf, resumes, train, width } from "./hooks.test-util.ts";
 import { omoe, otherProjectors, projectByFactors, projectGradient, updateFactors, updateProjectors } from "./omoe.ts";
 
 const float64 = (): Engine => engine(cpu({ precision: 64 }));
@@ -260,6 +261,32 @@ describe("the hook omoe", () => {
       matrices.filter((name) => name.endsWith("down")).map((name) => `known.${name}`),
     );
     run.dispose();
+  });
+
+  it("leaves what experts share alone", async () => {
+    const hook = omoe({ accumulating: 1 });
+    const experts: ModelOptions["experts"] = (from) => lowDimensional({ count, width, low: 2, hidden: 3, ...from });
+    const run = train([hook], {}, { experts });
+    await run.run({ until: 2 });
+    const own = ["up", "down"].flatMap((name) => [0, 1].map((layer) => `known.layers.${layer}.moe.experts.${name}`));
+    expect(
+      leaves(hook.state as Tree)
+        .map(([path]) => path)
+        .sort(),
+    ).toEqual(own.sort());
+    run.dispose();
+  });
+
+  it("starts anew in another trainer after the first was disposed", async () => {
+    const hook = omoe({ accumulating: 1 });
+    const settings = { root: engine(cpu()) };
+    for (let round = 0; round < 2; round++) {
+      const run = train([hook], {}, settings);
+      await run.run({ until: 2 });
+      run.dispose();
+      expect(hook.state).toBeUndefined();
+    }
+    expect(settings.root.live()).toBe(0);
   });
 
   it("forgets what a frozen matrix was shown", async () => {

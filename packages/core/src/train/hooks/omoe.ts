@@ -24,7 +24,7 @@ export interface OmoeOptions {
    * experts * in². Exact up to that many accumulating steps; then the weakest direction is dropped. Default: projectors.
    */
   readonly rank?: number;
-  /** Which of the observed matrices; default all. */
+  /** Which of the observed matrices; default all but those that experts share, which are no expert's own. */
   matches?(parameter: string): boolean;
 }
 
@@ -38,7 +38,7 @@ export interface OmoeOptions {
  * @example trainer(engine, task, { optimiser: adamw(), hooks: [omoe()] })
  */
 export function omoe(options: OmoeOptions = {}): TrainingHook {
-  const { accumulating = 5, orthogonal = 1, alpha = 1e-3, rank, matches = () => true } = options;
+  const { accumulating = 5, orthogonal = 1, alpha = 1e-3, rank, matches = ownMatrix } = options;
   for (const [name, n] of Object.entries({ accumulating, orthogonal, rank: rank ?? 1 })) {
     if (!Number.isInteger(n) || n < 1) throw new ShapeError(`omoe: ${name} = ${n}; expected a whole number from 1`);
   }
@@ -98,6 +98,8 @@ export function omoe(options: OmoeOptions = {}): TrainingHook {
   };
   return hook;
 }
+
+const ownMatrix = (parameter: string): boolean => !parameter.split(".").includes("shared");
 
 interface State {
   /** By parameter: projectors `[experts, in, in]`, or with `rank` their factors `[experts, rank, in]`. */

@@ -1,7 +1,7 @@
 // Eigenvectors against what defines them: orthonormal, and A v = λ v.
 import { describe, expect, it } from "vitest";
+import { noise } from "../moe/moe.test-util.ts";
 import { reflect, symmetricEigenvectors } from "./eigenvectors.ts";
-import { noise } from "./moe/moe.test-util.ts";
 
 const dense = (n: number, entry: (i: number, j: number) => number): number[][] =>
   Array.from({ length: n }, (_, i) => Array.from({ length: n }, (_, j) => entry(Math.min(i, j), Math.max(i, j))));

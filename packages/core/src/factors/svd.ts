@@ -1,9 +1,10 @@
 // Thin singular value decomposition on the host, in float64: Householder QR with column pivoting, then one-sided Jacobi on the
 // transposed triangle (Drmač and Veselić, 10.1137/050639193), which begins with the eigenvectors of its Gram matrix and so takes three
 // sweeps where it took eleven. For conversions of weights, not for the forward pass.
+
+import { ShapeError } from "../errors.ts";
+import { at } from "../op.ts";
 import { addTo, dot, reflect, reflectorOf, rotate, symmetricEigenvectors } from "./eigenvectors.ts";
-import { ShapeError } from "./errors.ts";
-import { at } from "./op.ts";
 
 /** A matrix on the host, row-major. */
 export interface HostMatrix {

@@ -1,6 +1,6 @@
 // Eigenvectors of a symmetric matrix on the host, in float64: Householder tridiagonalisation, then the implicit QL algorithm with
 // Wilkinson's shift (Golub and Van Loan, Matrix Computations, 8.3). svd.ts begins its rotations with them. Private.
-import { at } from "./op.ts";
+import { at } from "../op.ts";
 
 /** The sum of products of the entries from `from` on. */
 export function dot(x: Float64Array, y: Float64Array, from = 0): number {

@@ -1,10 +1,10 @@
 // Matrix product operators on the host, in float64 (MPOE 2203.01104, section 3.1): a matrix [i1 .. in, j1 .. jn] as a chain of cores
 // [left bond, in, out, right bond], by truncated singular value decompositions from left to right, and back.
 import { ShapeError } from "../errors.ts";
+import { checkSizes } from "../experts/parts.ts";
 import { at } from "../op.ts";
-import { checkMatrix, type HostMatrix, svd } from "../svd.ts";
 import { sizeOf } from "../tensor.ts";
-import { checkSizes } from "./parts.ts";
+import { checkMatrix, type HostMatrix, svd } from "./svd.ts";
 
 export interface MpoDims {
   /** Factors of the number of inputs, one per core. */

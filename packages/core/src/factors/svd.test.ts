@@ -1,7 +1,7 @@
 // The decomposition against what defines it: the product, orthonormal columns, descending values, and values known beforehand.
 import { describe, expect, it } from "vitest";
-import { ShapeError } from "./errors.ts";
-import { noise } from "./moe/moe.test-util.ts";
+import { ShapeError } from "../errors.ts";
+import { noise } from "../moe/moe.test-util.ts";
 import { type HostMatrix, type Svd, svd } from "./svd.ts";
 
 const product = ({ u, s, v, rank }: Svd, rows: number, columns: number): number[] =>
