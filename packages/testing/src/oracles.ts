@@ -575,17 +575,22 @@ export interface StoredWeights {
   readonly codes: HostArray;
   readonly scales: HostArray;
   readonly zeros?: HostArray | undefined;
-  readonly format: "int8" | "int4" | "mxfp4";
+  readonly format: "int8" | "int4" | "mxfp4" | "fp8";
   readonly group: number;
+  /** Lines that share a scale; fp8 alone. */
+  readonly rows?: number | undefined;
 }
 /** Bytes taken apart bit by bit. */
-export function dequantize({ codes, scales, zeros, format, group }: StoredWeights): HostArray {
-  const perByte = format === "int8" ? 1 : 2;
+export function dequantize({ codes, scales, zeros, format, group, rows = 1 }: StoredWeights): HostArray {
+  const perByte = format === "int8" || format === "fp8" ? 1 : 2;
   const inner = dim(codes, -1) * perByte;
+  const out = dim(codes, -2);
   return float([...codes.shape.slice(0, -1), inner], (i) => {
     const byte = at(codes, Math.floor(i / perByte));
     const code = perByte === 1 ? byte : i % 2 === 0 ? byte & 15 : byte >> 4;
-    const g = Math.floor(i / inner) * (inner / group) + Math.floor((i % inner) / group);
+    const line = Math.floor(i / inner);
+    const scaleLine = Math.floor(line / out) * Math.ceil(out / rows) + Math.floor((line % out) / rows);
+    const g = scaleLine * Math.ceil(inner / group) + Math.floor((i % inner) / group);
     const zero = zeros && at(zeros, g);
     switch (format) {
       case "int8":
@@ -597,6 +602,13 @@ export function dequantize({ codes, scales, zeros, format, group }: StoredWeight
         const magnitude = exponent === 0 ? mantissa / 2 : (1 + mantissa / 2) * 2 ** (exponent - 1);
         const scale = at(scales, g) === 255 ? Number.NaN : 2 ** (at(scales, g) - 127);
         return (sign === 1 ? -magnitude : magnitude) * scale;
+      }
+      case "fp8": {
+        // Sign, four bits of exponent with bias 7, three of mantissa; all ones is NaN.
+        const [sign, exponent, mantissa] = [code >> 7, (code >> 3) & 15, code & 7];
+        if (exponent === 15 && mantissa === 7) return Number.NaN;
+        const magnitude = exponent === 0 ? (mantissa / 8) * 2 ** -6 : (1 + mantissa / 8) * 2 ** (exponent - 7);
+        return (sign === 1 ? -magnitude : magnitude) * at(scales, g);
       }
       default:
         throw new RangeError(`oracle: format ${format satisfies never}`);

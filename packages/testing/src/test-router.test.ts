@@ -350,6 +350,17 @@ describe("the router suite can fail", () => {
     expect(found).toMatch(/training: a mask without padding changes nothing/);
     expect(found).toMatch(/a padded sequence equals the sequence alone/);
   });
+  it("a choice that follows the place in the row, padding at the left included", async () => {
+    const placed = (x: Tensor, { layout }: RouterInput): Tensor => {
+      const [tokens = 0, experts = 0] = x.shape;
+      const at = (i: number): number => layout.past + (Math.floor(i / experts) % layout.sequence);
+      const bonus = Float64Array.from({ length: tokens * experts }, (_, i) =>
+        i % experts === at(i) % experts ? 1 : 0,
+      );
+      return add(x, x.engine.root.tensor(bonus, [tokens, experts]));
+    };
+    expect(await failures({ logits: placed })).toMatch(/a padded sequence equals .*padding at the left/);
+  });
   it("a layer that adds up something else", async () => {
     const rescaled: Faults = {
       change: (r, { everyExpert }) => ({ ...r, ...(everyExpert ? { expertOutputs: mul(everyExpert(), 2) } : {}) }),

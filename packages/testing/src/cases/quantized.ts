@@ -36,24 +36,33 @@ interface Arrays {
   readonly scales: HostArray;
   readonly zeros?: HostArray;
 }
-/** Codes of every value and scales of both signs for weights of `shape`, values up to about 6. */
-function draw(key: string, shape: readonly number[], { format, group }: Quantized, zeros: boolean): Arrays {
+/** Codes of every value (of fp8, finite ones) and scales of both signs for weights of `shape`, values up to about 6. */
+function draw(key: string, shape: readonly number[], { format, group, rows = 1 }: Quantized, zeros: boolean): Arrays {
   const next = generator(`quantised ${key}`);
   const inner = shape.at(-1) ?? 0;
   const lead = shape.slice(0, -1);
-  const stored = [...lead, format === "int8" ? inner : inner / 2];
-  const perGroup = [...lead, inner / group];
+  const stored = [...lead, format === "int8" || format === "fp8" ? inner : inner / 2];
+  const perGroup = [...shape.slice(0, -2), Math.ceil((shape.at(-2) ?? 0) / rows), Math.ceil(inner / group)];
   const byte = (at: readonly number[], from: number, to: number): HostArray =>
     bytes(at, integers(next, at, from, to).data);
   const codes = byte(stored, 0, 256);
+  if (format === "fp8") {
+    const finite = bytes(
+      stored,
+      Uint8Array.from(codes.data, (code) => ((code & 0x7f) === 0x7f ? code ^ 1 : code)),
+    );
+    return { codes: finite, scales: uniform(next, perGroup, -0.02, 0.02) };
+  }
   const most = format === "int8" ? 0.05 : 0.4;
   const scales = format === "mxfp4" ? byte(perGroup, 121, 129) : uniform(next, perGroup, -most, most);
   if (!zeros) return { codes, scales };
   return { codes, scales, zeros: byte(perGroup, 0, format === "int8" ? 256 : 16) };
 }
 
-const label = (format: QuantizedFormat, group: number, zeros: boolean): string =>
-  `${format} by ${group}${zeros ? " with zeros" : ""}`;
+const label = (format: QuantizedFormat, group: number, zeros: boolean, rows = 1): string =>
+  `${format} by ${rows > 1 ? `${rows}x` : ""}${group}${zeros ? " with zeros" : ""}`;
+const howOf = (format: QuantizedFormat, group: number, rows: number): Quantized =>
+  format === "fp8" ? { format, group, rows } : { format, group };
 
 // ---------------------------------------------------------------- values
 function value(name: string, attrs: Quantized, arrays: Arrays, times = 1, gradient?: readonly number[]): BackendCase[] {
@@ -71,7 +80,7 @@ function value(name: string, attrs: Quantized, arrays: Arrays, times = 1, gradie
 }
 
 function values(): BackendCase[] {
-  const shapes: readonly (readonly [QuantizedFormat, readonly number[], number, boolean])[] = [
+  const shapes: readonly (readonly [QuantizedFormat, readonly number[], number, boolean, number?])[] = [
     ["int8", [3, 32], 32, false],
     ["int8", [5, 96], 32, true],
     ["int8", [2, 3, 64], 16, true],
@@ -94,6 +103,16 @@ function values(): BackendCase[] {
     ["mxfp4", [2, 3, 64], 32, false],
     ["mxfp4", [0, 32], 32, false],
     ["mxfp4", [0, 3, 64], 32, false],
+    ["fp8", [1, 1], 1, false],
+    ["fp8", [3, 7], 7, false],
+    ["fp8", [5, 9], 2, false, 3],
+    // Blocks that end inside the matrix, along both sides.
+    ["fp8", [7, 45], 32, false, 32],
+    ["fp8", [33, 65], 32, false, 32],
+    ["fp8", [2, 37, 64], 32, false, 32],
+    ["fp8", [0, 32], 32, false, 32],
+    ["fp8", [0, 3, 32], 32, false, 2],
+    ["fp8", [3, 0], 32, false, 32],
   ];
   const all = Uint8Array.from({ length: 256 }, (_, i) => i);
   const next = generator("every byte");
@@ -122,11 +141,17 @@ function values(): BackendCase[] {
           }),
         );
   return [
-    ...shapes.flatMap(([format, shape, group, zeros]) => {
-      const name = `${label(format, group, zeros)} ${shape.join("x")}`;
-      const gradient = format !== "mxfp4" && sizeOf(shape) <= 32 ? [1] : undefined;
-      return value(name, { format, group }, draw(name, shape, { format, group }, zeros), 1, gradient);
+    ...shapes.flatMap(([format, shape, group, zeros, lines = 1]) => {
+      const name = `${label(format, group, zeros, lines)} ${shape.join("x")}`;
+      const gradient = format !== "mxfp4" && sizeOf(shape) <= 45 ? [1] : undefined;
+      const attrs = howOf(format, group, lines);
+      return value(name, attrs, draw(name, shape, attrs, zeros), 1, gradient);
     }),
+    ...value(
+      "fp8 every byte 4x64",
+      { format: "fp8", group: 64 },
+      { codes: bytes([4, 64], all), scales: floats([4, 1], [1, -0.5, 2 ** -9, 3]) },
+    ),
     ...every({ format: "int8", group: 32 }),
     ...every({ format: "int4", group: 64 }),
     ...every({ format: "mxfp4", group: 32 }),
@@ -185,28 +210,57 @@ function linears(): BackendCase[] {
     [[17, 128], 7, 16, true],
     [[2, 34], 5, 2, true],
   ];
-  const products = formats.flatMap((format) =>
-    [...table, ...(format === "mxfp4" ? [] : wide)].flatMap(([shape, out, group, offset]) => {
-      const zeros = offset && format !== "mxfp4";
-      const inner = shape.at(-1) ?? 0;
-      const name = `${label(format, group, zeros)} ${shape.join("x")} to ${out}`;
-      const attrs: Quantized = { format, group };
-      const arrays = draw(name, [out, inner], attrs, zeros);
-      const work = sizeOf(shape) ** 2 * out;
-      return compare(`quantizedLinear/${name}`, {
-        inputs: [
-          uniform(generator(name), shape, -1, 1),
-          arrays.codes,
-          arrays.scales,
-          ...(arrays.zeros ? [arrays.zeros] : []),
-        ],
-        run: (xs) => quantizedLinear(input(xs, 0), { ...attrs, ...take(xs, 1, zeros) }),
-        expect: (xs) => oracle.quantizedLinear(input(xs, 0), { ...attrs, ...take(xs, 1, zeros) }),
-        ...(work <= 300_000 ? { gradient: work <= 40_000 && format !== "mxfp4" ? [0, 2] : [0] } : {}),
-        slack: 2,
-      });
-    }),
-  );
+  /** Groups that are no multiple of a vector, lines that are none of a group (fp8 alone), one row and a few. */
+  const odd: readonly (readonly [QuantizedFormat, readonly number[], number, number, boolean, number?])[] = [
+    ["int8", [1, 7], 5, 7, true],
+    ["int8", [2, 33], 3, 11, false],
+    ["int8", [1, 2064], 3, 2064, true],
+    ["int4", [1, 30], 3, 3, true],
+    ["int4", [1, 50], 6, 50, false],
+    ["int4", [1, 2080], 5, 2080, true],
+    ["int4", [25, 48], 9, 16, true],
+    ["mxfp4", [1, 2080], 5, 32, false],
+    ["fp8", [1, 1], 1, 1, false],
+    ["fp8", [1, 13], 7, 32, false, 32],
+    ["fp8", [1, 45], 33, 32, false, 32],
+    ["fp8", [1, 2071], 5, 128, false, 128],
+    ["fp8", [1, 45], 5, 7, false, 2],
+    ["fp8", [2, 45], 37, 32, false, 32],
+    ["fp8", [3, 97], 67, 32, false, 32],
+    ["fp8", [25, 67], 41, 32, false, 32],
+    ["fp8", [26, 300], 9, 128, false, 128],
+    ["fp8", [0, 45], 5, 32, false, 32],
+    ["fp8", [3, 45], 0, 32, false, 32],
+    ["fp8", [2, 0], 5, 32, false, 32],
+    ["fp8", [31], 1, 32, false, 32],
+  ];
+  const sizes = [
+    ...formats.flatMap((format) =>
+      [...table, ...(format === "mxfp4" ? [] : wide)].map(([shape, out, group, offset]) => {
+        return [format, shape, out, group, offset && format !== "mxfp4"] as const;
+      }),
+    ),
+    ...odd,
+  ];
+  const products = sizes.flatMap(([format, shape, out, group, zeros, lines = 1]) => {
+    const inner = shape.at(-1) ?? 0;
+    const name = `${label(format, group, zeros, lines)} ${shape.join("x")} to ${out}`;
+    const attrs = howOf(format, group, lines);
+    const arrays = draw(name, [out, inner], attrs, zeros);
+    const work = sizeOf(shape) ** 2 * out;
+    return compare(`quantizedLinear/${name}`, {
+      inputs: [
+        uniform(generator(name), shape, -1, 1),
+        arrays.codes,
+        arrays.scales,
+        ...(arrays.zeros ? [arrays.zeros] : []),
+      ],
+      run: (xs) => quantizedLinear(input(xs, 0), { ...attrs, ...take(xs, 1, zeros) }),
+      expect: (xs) => oracle.quantizedLinear(input(xs, 0), { ...attrs, ...take(xs, 1, zeros) }),
+      ...(work <= 300_000 ? { gradient: work <= 40_000 && format !== "mxfp4" ? [0, 2] : [0] } : {}),
+      slack: 2,
+    });
+  });
   return products;
 }
 
@@ -229,13 +283,21 @@ function grouped(): BackendCase[] {
     [96, 1, 32, false],
     [32, 5, 16, true],
   ];
-  return formats.flatMap((format, turn) =>
+  /** Those of fp8, with lines that share a scale. */
+  const partial: readonly (readonly [number, number, number, boolean, number])[] = [
+    [45, 7, 32, false, 32],
+    [64, 33, 32, false, 32],
+    [97, 5, 128, false, 2],
+    [13, 1, 4, false, 1],
+  ];
+  return [...formats, "fp8" as const].flatMap((format, turn) =>
     blocks.flatMap(([what, n, closed], i) => {
-      const [inner, out, asked, offset] = input(sizes, (i + turn) % sizes.length);
+      const own = format === "fp8" ? partial : sizes.map((size) => [...size, 1] as const);
+      const [inner, out, asked, offset, lines] = input(own, (i + turn) % own.length);
       const group = format === "mxfp4" ? 32 : asked;
       const zeros = offset && format !== "mxfp4";
-      const attrs: Quantized = { format, group };
-      const name = `${label(format, group, zeros)} ${what} ${n}x${inner} to ${out}`;
+      const attrs = howOf(format, group, lines);
+      const name = `${label(format, group, zeros, lines)} ${what} ${n}x${inner} to ${out}`;
       const arrays = draw(name, [closed.length, out, inner], attrs, zeros);
       const ends = ints([closed.length], closed);
       const rows = uniform(generator(name), [n, inner], -1, 1);
