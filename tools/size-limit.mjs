@@ -6,8 +6,7 @@ import { readFileSync } from "node:fs";
  * @type {Record<string, Record<string, string>>}
  */
 const budgets = {
-  // Twelve kinds of experts and the conversions to them; a bundle with one of them is far smaller.
-  "@switchyard/core": { "./experts": "25 kB", "*": "20 kB" },
+  "@switchyard/core": { "*": "20 kB" },
   // The race holds six strategies and three gates.
   "@switchyard/routers": { ".": "40 kB", "./expert-race": "5 kB", "*": "4 kB" },
   "@switchyard/kernels": { "*": "60 kB" },

@@ -1,13 +1,12 @@
-// npm run vectors: the fixtures of the routers pass on both backends, and every way a folder, a file or a number can be
+// npm run vectors: the fixtures of the routers and of the models pass on both backends, and every way a folder, a file or a number can be
 // wrong is told apart, counted and named.
 import { spawnSync } from "node:child_process";
 import { cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, test } from "vitest";
-import { families } from "../packages/routers/test/families/index.ts";
 import { root } from "./child.mjs";
-import { checkFolder, float32, float64 } from "./vectors.ts";
+import { checkFolder, families, float32, float64 } from "./vectors.ts";
 
 const fixtures = join(root, "packages", "routers", "test", "fixtures");
 const topk = readFileSync(join(fixtures, "topk.json"), "utf8");
@@ -51,6 +50,21 @@ test("the routers' own vectors pass in float64 and in float32 on wasm", async ()
   expect(lines.at(-1)).toBe(`${passed} passed, 0 failed`);
 });
 
+test("the vectors of self-contrast decoding pass on both too, and a wrong number in any of them is found", async () => {
+  const text = readFileSync(join(root, "packages", "models", "test", "fixtures", "main-scmoe.json"), "utf8");
+  const own = await checked(folder({ "main-scmoe.json": text }), [float64, await float32()]);
+  expect(own.lines).toEqual(["main-scmoe.json 6/6", "6 passed, 0 failed"]);
+  const file = JSON.parse(text);
+  for (const { expected } of file.cases) {
+    const name =
+      Object.keys(expected).find((one) => typeof expected[one] === "number") ?? Object.keys(expected)[0] ?? "";
+    const shifted = (_: string, value: unknown): unknown => (typeof value === "number" ? value + 1e-3 : value);
+    expected[name] = JSON.parse(JSON.stringify(expected[name]), shifted);
+  }
+  const { lines } = await checked(folder({ "main-scmoe.json": JSON.stringify(file) }));
+  expect(lines[0]).toBe("main-scmoe.json 0/6");
+});
+
 describe("a folder", () => {
   test("is run in alphabetical order; lists are skipped and named, later packages are not counted", async () => {
     const { lines, passed, failed } = await checked(
@@ -58,12 +72,12 @@ describe("a folder", () => {
         "routers-topk.json": topk,
         "routers-index.json": '{"schema":"x","files":[]}',
         "prune-quant.json": '{"meta":{},"cases":[{}]}',
-        "main-scmoe.json": "not even JSON",
+        "prune-merge.json": "not even JSON",
         "README.md": "no vectors",
       }),
     );
     expect(lines).toEqual([
-      "main-scmoe.json not yet",
+      "prune-merge.json not yet",
       "prune-quant.json not yet",
       "routers-index.json skipped: it has no cases",
       "routers-topk.json 3/3",
@@ -101,7 +115,7 @@ describe("a file", () => {
       const { lines } = await checked(folder({ "a.json": topk.replace('"topk"', `"${family}"`) }));
       expect(lines).toEqual([
         "a.json 0/3",
-        `  nothing runs the family "${family}"; families lie in packages/routers/test/families`,
+        `  nothing runs the family "${family}"; families lie in packages/{routers,models}/test/families`,
         "0 passed, 3 failed",
       ]);
     }

@@ -1,13 +1,14 @@
 // npm run vectors -- DIR: every vector file of a folder through the real implementation, in float64 on the reference
 // backend within the file's tolerance, and in float32 on the wasm backend within 1e-5 of the array's largest magnitude.
 // One line per file, then `N passed, N failed`; the exit code is 1 when something failed. What runs a family of vectors
-// lies with the tests of the routers (packages/routers/test/families).
+// lies with the tests of its package (packages/routers/test/families, packages/models/test/families).
 import { readdirSync, readFileSync } from "node:fs";
 import { resolve } from "node:path";
 import { type Engine, engine } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
 import { wasm } from "@switchyard/kernels/wasm";
-import { families } from "../packages/routers/test/families/index.ts";
+import { families as ofModels } from "../packages/models/test/families/index.ts";
+import { families as ofRouters } from "../packages/routers/test/families/index.ts";
 import {
   type Family,
   flat,
@@ -20,7 +21,10 @@ import {
 } from "../packages/routers/test/vectors.ts";
 
 /** Of packages that are not written yet. */
-const later = [/^main-scmoe$/, /^prune-/];
+const later = [/^prune-/];
+
+/** What runs each family of vectors, of all packages. */
+export const families: Readonly<Record<string, Family>> = { ...ofRouters, ...ofModels };
 
 /** One backend to run the cases on, and how far a number may be off there. */
 export interface Setting {
@@ -109,7 +113,7 @@ async function checkFile(name: string, path: string, options: Omit<Options, "say
   }
   const run = Object.hasOwn(options.families, vectors.family) ? options.families[vectors.family] : undefined;
   if (!run) {
-    const line = `nothing runs the family "${vectors.family}"; families lie in packages/routers/test/families`;
+    const line = `nothing runs the family "${vectors.family}"; families lie in packages/{routers,models}/test/families`;
     return { ...result, failed: vectors.cases.length, lines: [line] };
   }
   for (const one of vectors.cases) {
@@ -167,6 +171,8 @@ async function unmet(
   return Object.entries(one.expected).flatMap(([name, expected]) => {
     const own = found[name];
     if (own === undefined) return [`${name}: nothing was computed under this name`];
+    const odd = [expected].flat(Number.POSITIVE_INFINITY as 1).find((x) => typeof x !== "number");
+    if (odd !== undefined) return [`${name}: expects ${JSON.stringify(odd)}, which is no number`];
     const line = worst(expected, own, setting.allowed(expected, tolerance));
     return line === undefined ? [] : [`${name}: ${line}`];
   });

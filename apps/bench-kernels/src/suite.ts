@@ -8,6 +8,8 @@ import {
   type Contender,
   compare,
   contender,
+  decodeCase,
+  decodeProduct,
   denseLayer,
   denseProduct,
   type Entry,
@@ -398,10 +400,17 @@ async function withCeiling<R>(threads: number, bytes: number, body: (on: Ceiling
 
 const asCandidate = (one: { readonly name: string }, open: Candidate["open"]): Candidate => ({ name: one.name, open });
 
+/** Weights of few bits, as many bytes of each as the bf16 product reads. */
+const fewBits = (["fp8", "int8", "int4", "mxfp4"] as const).map((weights) => decodeCase(weights, 4096, 2 ** 27));
+
 async function* oneToken(context: Context): AsyncGenerator<Table> {
   const engine = await best(context);
-  for (const one of oneTokenProducts) {
-    const workload = denseProduct.setup(engine, one);
+  const products = [
+    ...oneTokenProducts.map((one) => ({ one, setup: () => denseProduct.setup(engine, one) })),
+    ...fewBits.map((one) => ({ one, setup: () => decodeProduct.setup(engine, one) })),
+  ];
+  for (const { one, setup } of products) {
+    const workload = setup();
     const name = `${one.weights} weights`;
     try {
       yield await withCeiling(context.threads, workload.bytes, async (limit) => {

@@ -4,6 +4,7 @@ import { type Corpus, tableText } from "@switchyard/bench";
 import { CheckpointError, DeviceError, MissingPackageError, ShapeError, UnsupportedError } from "@switchyard/core";
 import { type ArgsDef, defineCommand, parseArgs, renderUsage } from "citty";
 import { backendNames } from "./backends.ts";
+import { cacheSim } from "./cache-sim.ts";
 import { checkArgs } from "./options.ts";
 import { defaultRouters, routerNames } from "./routers.ts";
 import { display, processStreams, type Streams } from "./terminal.ts";
@@ -67,7 +68,8 @@ const trainCommand = defineCommand({
 
 const overview = `switchyard: Mixture-of-Experts in TypeScript
 
-  switchyard train PATH...   train small language models on text and compare their routers
+  switchyard train PATH...      train small language models on text and compare their routers
+  switchyard cache-sim TRACE    predict what a cache of experts holds and reads, from a routing trace
 
 Each command explains itself with --help.
 `;
@@ -79,6 +81,14 @@ EXAMPLE
   switchyard train --resume runs/2026-01-02-0304
 `;
 
+type Command = (rest: readonly string[], options: CommandLine, streams: Streams) => Promise<number>;
+
+/** Each gets the arguments after its name and answers the exit code. */
+const commands: ReadonlyMap<string, Command> = new Map<string, Command>([
+  ["train", (rest, options, streams) => trainFrom(rest, options, streams)],
+  ["cache-sim", (rest, _, streams) => cacheSim(rest, streams)],
+]);
+
 /** Runs a command. Answers the exit code: 0, 1 for an error, 130 after Ctrl-C. */
 export async function main(argv: readonly string[], options: CommandLine = {}): Promise<number> {
   const streams = options.streams ?? processStreams();
@@ -88,9 +98,13 @@ export async function main(argv: readonly string[], options: CommandLine = {}): 
       streams.out(overview);
       return 0;
     }
-    if (command !== "train")
-      throw new UnsupportedError(`unknown command "${command}"; the commands are train and help`);
-    return await trainFrom(rest, options, streams);
+    const run = commands.get(command);
+    if (run === undefined) {
+      throw new UnsupportedError(
+        `unknown command "${command}"; the commands are ${[...commands.keys()].join(", ")} and help`,
+      );
+    }
+    return await run(rest, options, streams);
   } catch (error) {
     streams.error(`${errorText(error)}\n`);
     return 1;

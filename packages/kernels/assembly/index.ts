@@ -2,8 +2,9 @@
 // of the calling thread. Results do not depend on how the units are cut into ranges.
 export * from "./attention";
 export * from "./elementwise";
-export * from "./matmul";
+export { dots, dotsSwiglu, multiply, multiplySwiglu, packColumns } from "./matmul";
 export * from "./copy";
+export * from "./quantized";
 export * from "./reduce";
 export * from "./sort";
 export * from "./rows";

@@ -47,7 +47,7 @@ export function packColumns(job: PackColumns, from: i32, to: i32, scratch: usize
 // ---------------------------------------------------------------- packing of B
 
 /** Panels [k][8] of B stored [n, k] (weights, out-major): n <= 8 rows from `b`. */
-function packPanel<T>(b: usize, ldb: usize, n: i32, k: i32, to: usize): void {
+export function packPanel<T>(b: usize, ldb: usize, n: i32, k: i32, to: usize): void {
   const p0 = b;
   const p1 = n > 1 ? b + ldb : b;
   const p2 = n > 2 ? b + 2 * ldb : b;
@@ -79,7 +79,7 @@ function packPanel<T>(b: usize, ldb: usize, n: i32, k: i32, to: usize): void {
 
 /** Bytes from panel to panel: one cache line more than a panel has, or all panels would fall into the same sets of the cache. */
 @inline
-function panelStride(k: i32): usize {
+export function panelStride(k: i32): usize {
   return (<usize>k) * (NR * 4) + 64;
 }
 
@@ -224,7 +224,7 @@ function tile2(p0: usize, p1: usize, b: usize, step: usize, k: i32, c: usize, ld
  * c[m x n] (+)= A times one block of B, `k` long from `first` on. Edge tiles are computed whole in `buffer`; rows past the last are its copies.
  * B: panels `panelBytes` apart, lines `step` bytes apart.
  */
-function multiplyBlock(
+export function multiplyBlock(
   job: Product,
   task: Task,
   first: i32,
@@ -286,30 +286,30 @@ function copyTile(from: usize, c: usize, ldc: usize, rows: i32, columns: i32, ad
 // ---------------------------------------------------------------- kernels over tasks
 
 @unmanaged
-class Product {
+export class Product {
   tasks: usize; // of Task
   lda: i32; // bytes from row to row
   ldb: i32;
   ldc: i32;
-  kind: i32; // storage of B: F32_KIND, BF16_KIND, F16_KIND
+  kind: i32; // storage of B: F32_KIND, BF16_KIND, F16_KIND; other numbers in quantized.ts
   columns: i32; // 0: B stored [n, k]; 1: B stored [k, n]
   packed: i32; // 1: A in panels [k][6]
   gathered: usize; // 0, or the address of row 0 where task.a is a list of row ids
   half: i32; // SwiGLU: bytes from a gate row of B to its up row
 }
 @unmanaged
-class Task {
+export class Task {
   a: usize; // rows, ids of rows, or panels
   m: i32;
   k: i32;
   b: usize;
   n: i32; // at most NC
   c: usize;
-  bias: usize; // 0: none
+  bias: usize; // 0: none; quantized.ts counts lines with it
 }
 
 @inline
-function rowOf(job: Product, task: Task, i: i32): usize {
+export function rowOf(job: Product, task: Task, i: i32): usize {
   const lda = <usize>job.lda;
   return job.gathered ? job.gathered + <usize>load<i32>(task.a + ((<usize>i) << 2)) * lda : task.a + <usize>i * lda;
 }
@@ -478,16 +478,16 @@ function dotRows<T>(
 }
 
 @inline
-function finish(c: usize, x: v128, count: i32, add: bool): void {
+export function finish(c: usize, x: v128, count: i32, add: bool): void {
   if (!add) storeTail(c, x, count);
   else if (count > 3) v128.store(c, f32x4.add(v128.load(c), x));
   else storeTail(c, f32x4.add(loadTail<f32>(c, count), x), count);
 }
 
-function dots1<T>(a: usize, b: usize, ldb: usize, n: i32, k: i32, c: usize, add: bool): void {
+export function dots1<T>(a: usize, b: usize, ldb: usize, n: i32, k: i32, c: usize, add: bool): void {
   dotRows<T>(false, a, a, b, ldb, n, k, c, c, add);
 }
-function dots2<T>(
+export function dots2<T>(
   a0: usize,
   a1: usize,
   b: usize,

@@ -1,5 +1,6 @@
 // Folders: opening whole and sharded checkpoints, reading ranges, saving all or nothing.
-import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { execFileSync } from "node:child_process";
+import { mkdir, mkdtemp, readdir, readFile, rename, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { CheckpointError } from "@switchyard/core";
@@ -110,8 +111,184 @@ describe("openCheckpoint", () => {
     await expect(open(files)).rejects.toThrow(message);
     await expect(open(files)).rejects.toSatisfy(CheckpointError.isInstance);
   });
+  const placed = (file: string) => ({
+    "config.json": "{}",
+    "model.safetensors.index.json": JSON.stringify({ weight_map: { x: file } }),
+  });
+  it.each([
+    "../y.safetensors",
+    "sub/y.safetensors",
+    "/tmp/y.safetensors",
+    "..\\y.safetensors",
+    "C:\\y.safetensors",
+    "C:y.safetensors",
+    "\\\\server\\share\\y.safetensors",
+    "y\u0000.safetensors",
+    "nul.safetensors",
+    "COM1.safetensors",
+    "y.txt",
+    `${"y".repeat(250)}.safetensors`,
+    "",
+    ".",
+    "..",
+  ])("refuses an index that places a tensor in %j", async (file) => {
+    await expect(open(placed(file))).rejects.toThrow(/the index places "x" in .*, which is no file name/);
+  });
+  it.each(["pytorch_model-00001-of-00002.bin", "x.pt", "x.PTH", "x.ckpt", "x.pkl"])(
+    "refuses an index that places a tensor in the pickle %s",
+    async (file) => {
+      await expect(open(placed(file))).rejects.toThrow(/places "x" in .*Python pickle.*any program.*save_pretrained/);
+    },
+  );
+  it.each(["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.pt", "model.pth"])(
+    "says that %s is a pickle and what to do",
+    async (name) => {
+      const message = new RegExp(`here has no safetensors files, only "${name}".*pickle.*safe_serialization=True`);
+      await expect(open({ "config.json": "{}", [name]: "" })).rejects.toThrow(message);
+    },
+  );
+  const manyShards = Object.fromEntries(Array.from({ length: 10_001 }, (_, i) => [`t${i}`, `${i}.safetensors`]));
+  const manyTensors = Object.fromEntries(Array.from({ length: 200_001 }, (_, i) => [`t${i}`, "a.safetensors"]));
+  it.each([
+    ["a key of the config twice", { "config.json": '{"a":1,"a":2}' }, /config.json has the key "a" twice/],
+    ["__proto__ in the config", { "config.json": '{"a":[{"__proto__":{}}]}' }, /config.json has the key "__proto__"/],
+    ["a deep config", { "config.json": `{"a":${"[".repeat(1e6)}` }, /config.json nests more than 64/],
+    ["a config that is not UTF-8", { "config.json": Uint8Array.of(0x7b, 0xff, 0x7d) }, /config.json .*not UTF-8/],
+    ["a config over 16 MB", { "config.json": `{"a":"${" ".repeat(16_000_000)}"}` }, /at most 16000000 are allowed/],
+    [
+      "a tensor twice in the index",
+      {
+        "config.json": "{}",
+        "model.safetensors.index.json": '{"weight_map":{"x":"a.safetensors","x":"b.safetensors"}}',
+      },
+      /index.json has the key "x" twice/,
+    ],
+    [
+      "__proto__ in the index",
+      { "config.json": "{}", "model.safetensors.index.json": '{"weight_map":{"__proto__":"a.safetensors"}}' },
+      /index.json has the key "__proto__"/,
+    ],
+    [
+      "an index of 10,001 files",
+      { "config.json": "{}", "model.safetensors.index.json": JSON.stringify({ weight_map: manyShards }) },
+      /lists over 10000 files/,
+    ],
+    [
+      "an index of 200,001 tensors",
+      { "config.json": "{}", "model.safetensors.index.json": JSON.stringify({ weight_map: manyTensors }) },
+      /lists more than 200000 tensors/,
+    ],
+  ])("refuses %s", async (_, files, message) => {
+    await expect(open(files)).rejects.toThrow(message);
+    await expect(open(files)).rejects.toSatisfy(CheckpointError.isInstance);
+  });
+  it("refuses a config that its source cuts short", async () => {
+    const source = { ...bytesSource("config.json", text("{}")), size: 3 };
+    await expect(readCheckpoint(async () => source, "here")).rejects.toThrow(/0 to 3 were asked for, 2 came back/);
+  });
+  it("refuses a tensor that its source cuts short", async () => {
+    const parts: Uint8Array[] = [];
+    for await (const part of weights("", { x: [1, 2] }).content()) parts.push(part);
+    const whole = bytesSource("model.safetensors", new Uint8Array(Buffer.concat(parts)));
+    const read = async (from: number, to: number) =>
+      (await whole.read(from, to)).subarray(0, to === whole.size ? -1 : to);
+    const open = async (name: string) =>
+      name === "config.json" ? bytesSource(name, text("{}")) : name === whole.name ? { ...whole, read } : undefined;
+    const checkpoint = await readCheckpoint(open, "here");
+    await expect(checkpoint.read("x")).rejects.toThrow(/were asked for, 7 came back/);
+  });
+  it("reads a vocabulary that holds __proto__, but not twice", async () => {
+    const weights = Uint8Array.of(2, 0, 0, 0, 0, 0, 0, 0, 0x7b, 0x7d);
+    const files = { "config.json": "{}", "model.safetensors": weights };
+    const good = await open({ ...files, "tokenizer.json": '{"vocab":{"__proto__":5}}' });
+    expect(Object.entries((await good.json("tokenizer.json"))?.vocab ?? {})).toEqual([["__proto__", 5]]);
+    const bad = await open({ ...files, "tokenizer.json": '{"vocab":{"a":5,"a":6}}' });
+    await expect(bad.json("tokenizer.json")).rejects.toThrow(/tokenizer.json has the key "a" twice/);
+  });
   it("refuses a folder that is not there", async () => {
     await expect(openCheckpoint(join(folder, "nowhere"))).rejects.toThrow(/has no config.json/);
+  });
+});
+
+describe.skipIf(process.platform === "win32")("links and other odd files in a folder", () => {
+  const good = () => [plain("config.json", '{"a":1}'), weights("model.safetensors", { x: [1] })];
+  let outside = "";
+  beforeEach(async () => {
+    outside = await mkdtemp(join(tmpdir(), "switchyard-outside-"));
+    await saveFiles(outside, good(), last);
+  });
+  afterEach(() => rm(outside, { recursive: true, force: true }));
+
+  it.each(["config.json", "model.safetensors"])("refuses %s as a link out of the folder", async (name) => {
+    await saveFiles(folder, good(), last);
+    await rm(join(folder, name));
+    await symlink(join(outside, name), join(folder, name));
+    await expect(openCheckpoint(folder)).rejects.toThrow(/it is a link that leads out of the folder, to .*followLinks/);
+    await expect(openCheckpoint(folder)).rejects.toSatisfy(CheckpointError.isInstance);
+    const checkpoint = await openCheckpoint(folder, { followLinks: true });
+    expect(checkpoint.names).toEqual(["x"]);
+    await checkpoint.close();
+  });
+
+  it("refuses a tokenizer and a shard that are such links", async () => {
+    await saveFiles(folder, good(), last);
+    await symlink(join(outside, "config.json"), join(folder, "tokenizer.json"));
+    const checkpoint = await openCheckpoint(folder);
+    await expect(checkpoint.json("tokenizer.json")).rejects.toThrow(/leads out of the folder/);
+    await checkpoint.close();
+    await symlink(join(outside, "model.safetensors"), join(folder, "y.safetensors"));
+    await writeFile(join(folder, "model.safetensors.index.json"), '{"weight_map":{"x":"y.safetensors"}}');
+    await expect(openCheckpoint(folder)).rejects.toThrow(/y.safetensors: it is a link that leads out/);
+  });
+
+  it("takes links inside the folder, and a folder that is a link itself", async () => {
+    await saveFiles(folder, good(), last);
+    await rename(join(folder, "model.safetensors"), join(folder, "weights"));
+    await symlink("weights", join(folder, "model.safetensors"));
+    await symlink(folder, join(outside, "link"));
+    const checkpoint = await openCheckpoint(join(outside, "link"));
+    expect(checkpoint.names).toEqual(["x"]);
+    await checkpoint.close();
+  });
+
+  it("takes the layout of the Hub's cache, and only its blobs", async () => {
+    const [blobs, snapshot] = [
+      join(folder, "models--a--b", "blobs"),
+      join(folder, "models--a--b", "snapshots", "0f3a"),
+    ];
+    await mkdir(snapshot, { recursive: true });
+    await saveFiles(blobs, good(), last);
+    for (const name of ["config.json", "model.safetensors"]) {
+      await symlink(join("..", "..", "blobs", name), join(snapshot, name));
+    }
+    const checkpoint = await openCheckpoint(snapshot);
+    expect(checkpoint.names).toEqual(["x"]);
+    await checkpoint.close();
+    await rm(join(snapshot, "model.safetensors"));
+    await symlink(join("..", "..", "refs"), join(snapshot, "model.safetensors"));
+    await writeFile(join(folder, "models--a--b", "refs"), "x");
+    await expect(openCheckpoint(snapshot)).rejects.toThrow(/leads out of the folder/);
+  });
+
+  it("refuses a link that leads to itself, a folder and a pipe, and does not wait for its writer", async () => {
+    await saveFiles(folder, good(), last);
+    const path = join(folder, "model.safetensors");
+    await rm(path);
+    await symlink("model.safetensors", path);
+    await expect(openCheckpoint(folder)).rejects.toThrow(/cannot read .*: a link leads back to itself/);
+    await rm(path);
+    await mkdir(path);
+    await expect(openCheckpoint(folder)).rejects.toThrow(/model.safetensors: it is not a file/);
+    await rm(path, { recursive: true });
+    execFileSync("mkfifo", [path]);
+    await expect(openCheckpoint(folder)).rejects.toThrow(/model.safetensors: it is not a file/);
+  });
+
+  it("names the pickle it finds, whatever it is called", async () => {
+    await saveFiles(folder, [plain("config.json", "{}"), plain("weights-7.pth", "x"), plain("a.bin.txt", "x")], last);
+    await expect(openCheckpoint(folder)).rejects.toThrow(/has no safetensors files, only "weights-7.pth".*pickle/);
+    await rm(join(folder, "weights-7.pth"));
+    await expect(openCheckpoint(folder)).rejects.toThrow(/has no model.safetensors$/);
   });
 });
 

@@ -2,10 +2,18 @@
 // Lazy: opening reads headers only, and `read` fetches just the bytes asked for.
 import type { Json } from "@switchyard/core";
 import { CheckpointError } from "@switchyard/core";
-import { builtIn } from "./built-in.ts";
-import { fileSource } from "./files.ts";
+import { folderFiles, isPlainName } from "./files.ts";
+import { type JsonLimits, parseUntrusted } from "./json.ts";
 import type { Checkpoint } from "./model.ts";
-import { type ByteSource, quote, readHeader, type StoredTensor } from "./safetensors.ts";
+import {
+  type ByteSource,
+  maximumTensors,
+  pickleAdvice,
+  quote,
+  readExactly,
+  readHeader,
+  type StoredTensor,
+} from "./safetensors.ts";
 
 /** A checkpoint that holds files open until it is closed. */
 export interface OpenCheckpoint extends Checkpoint {
@@ -17,22 +25,26 @@ export interface OpenCheckpoint extends Checkpoint {
 /** Opens a file of the checkpoint by its name; undefined where there is none. */
 export type OpenFile = (name: string) => Promise<ByteSource | undefined>;
 
-/** A vocabulary of a million entries takes about 50 MB. */
+/** In bytes. A vocabulary of a million entries takes about 50 MB, a config hardly ever more than 100 kB. */
 const maximumJson = 200_000_000;
+const maximumConfig = 16_000_000;
+const maximumShards = 10_000;
 
-async function parseJson(source: ByteSource): Promise<{ readonly [key: string]: Json }> {
-  if (source.size > maximumJson) {
-    throw new CheckpointError(`${source.name} has ${source.size} bytes; at most ${maximumJson} are allowed`);
+async function parseJson(
+  source: ByteSource,
+  { size, ...limits }: JsonLimits & { readonly size: number },
+): Promise<{ readonly [key: string]: Json }> {
+  if (source.size > size) {
+    throw new CheckpointError(`${source.name} has ${source.size} bytes; at most ${size} are allowed`);
   }
-  const bytes = await source.read(0, source.size);
-  let value: Json;
+  const bytes = await readExactly(source, 0, source.size);
+  let text: string;
   try {
-    value = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes)) as Json;
+    text = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
   } catch (cause) {
-    throw new CheckpointError(`${source.name} is not valid JSON: ${cause instanceof Error ? cause.message : cause}`, {
-      cause,
-    });
+    throw new CheckpointError(`${source.name} is not valid JSON: it is not UTF-8`, { cause });
   }
+  const value = parseUntrusted(text, source.name, limits);
   if (!isRecord(value)) throw new CheckpointError(`${source.name} must hold a JSON object`);
   return value;
 }
@@ -41,13 +53,26 @@ async function parseJson(source: ByteSource): Promise<{ readonly [key: string]: 
 export const isRecord = (value: Json | undefined): value is { readonly [key: string]: Json } =>
   typeof value === "object" && value !== null && !Array.isArray(value);
 
-const shardName = /^[^/\\:]+\.safetensors$/;
+const pickle = /\.(bin|ckpt|pickle|pkl|pt|pth)$/i;
+/** Where the names of a folder cannot be listed, these are asked for. */
+const usualPickles = [
+  "pytorch_model.bin.index.json",
+  "pytorch_model.bin",
+  "consolidated.00.pth",
+  "model.pt",
+  "model.pth",
+];
+const isPickle = (name: string): boolean => pickle.test(name) || name === "pytorch_model.bin.index.json";
 
-async function readJson(open: OpenFile, name: string): Promise<{ readonly [key: string]: Json } | undefined> {
+async function readJson(
+  open: OpenFile,
+  name: string,
+  limits: JsonLimits & { readonly size: number },
+): Promise<{ readonly [key: string]: Json } | undefined> {
   const source = await open(name);
   if (!source) return undefined;
   try {
-    return await parseJson(source);
+    return await parseJson(source, limits);
   } finally {
     await source.close?.();
   }
@@ -55,29 +80,60 @@ async function readJson(open: OpenFile, name: string): Promise<{ readonly [key: 
 
 /** Which tensor lies in which file: { file: names or undefined for all }. */
 async function listFiles(open: OpenFile, where: string): Promise<Map<string, Set<string> | undefined>> {
-  const index = await readJson(open, "model.safetensors.index.json");
+  const index = await readJson(open, "model.safetensors.index.json", { size: maximumJson });
   if (!index) return new Map([["model.safetensors", undefined]]);
   const map = index.weight_map;
   if (!isRecord(map)) throw new CheckpointError(`${where}: model.safetensors.index.json has no weight_map`);
+  const entries = Object.entries(map);
+  if (entries.length > maximumTensors) {
+    throw new CheckpointError(`${where}: the index lists more than ${maximumTensors} tensors`);
+  }
   const files = new Map<string, Set<string> | undefined>();
-  for (const [name, file] of Object.entries(map)) {
+  for (const [name, file] of entries) {
+    if (typeof file === "string" && pickle.test(file)) {
+      throw new CheckpointError(`${where}: the index places ${quote(name)} in ${quote(file)}. ${pickleAdvice}`);
+    }
     // The name comes from a download: it must not lead out of the folder.
-    if (typeof file !== "string" || !shardName.test(file)) {
+    if (typeof file !== "string" || !isPlainName(file) || !file.endsWith(".safetensors")) {
       const found = quote(JSON.stringify(file));
       throw new CheckpointError(`${where}: the index places ${quote(name)} in ${found}, which is no file name`);
     }
     const names = files.get(file) ?? new Set<string>();
     files.set(file, names.add(name));
+    if (files.size > maximumShards) throw new CheckpointError(`${where}: the index lists over ${maximumShards} files`);
   }
   return files;
 }
 
+export interface ReadOptions {
+  /** Names of the files that `open` knows; without it only the usual names of pickles are tried for the error. */
+  list?(): Promise<readonly string[]>;
+}
+
+/** What to say where there are no weights: the reason, if they are there as pickles. */
+async function withoutWeights(open: OpenFile, where: string, { list }: ReadOptions): Promise<CheckpointError> {
+  const pickles = list ? (await list()).filter(isPickle).sort() : [];
+  for (const name of list ? [] : usualPickles) {
+    const source = await open(name);
+    await source?.close?.();
+    if (source) pickles.push(name);
+  }
+  const [first] = pickles;
+  if (first === undefined) return new CheckpointError(`${where} has no model.safetensors`);
+  return new CheckpointError(`${where} has no safetensors files, only ${quote(first)}. ${pickleAdvice}`);
+}
+
 /**
  * A checkpoint over any set of files, for example downloads in a browser. `where` is shown in errors.
- * Throws CheckpointError where config.json or the weights are missing, damaged or do not fit their index.
+ * Throws CheckpointError where config.json or the weights are missing, damaged or do not fit their index, where JSON has
+ * equal keys, `__proto__` or endless nesting, where a shard's name leads out of the folder, and for pickles.
  */
-export async function readCheckpoint(open: OpenFile, where: string): Promise<OpenCheckpoint> {
-  const config = await readJson(open, "config.json");
+export async function readCheckpoint(
+  open: OpenFile,
+  where: string,
+  options: ReadOptions = {},
+): Promise<OpenCheckpoint> {
+  const config = await readJson(open, "config.json", { size: maximumConfig });
   if (!config) {
     throw new CheckpointError(`${where} has no config.json: it is no checkpoint, or a save was interrupted`);
   }
@@ -89,7 +145,8 @@ export async function readCheckpoint(open: OpenFile, where: string): Promise<Ope
   try {
     for (const [file, expected] of await listFiles(open, where)) {
       const source = await open(file);
-      if (!source) throw new CheckpointError(`${where} has no ${file}`);
+      if (!source)
+        throw expected ? new CheckpointError(`${where} has no ${file}`) : await withoutWeights(open, where, options);
       sources.push(source);
       const header = await readHeader(source);
       for (const name of expected ?? []) {
@@ -130,15 +187,23 @@ export async function readCheckpoint(open: OpenFile, where: string): Promise<Ope
       ) {
         throw new CheckpointError(`cannot read bytes ${start} to ${end} of tensor ${quote(name)}: it has ${to - from}`);
       }
-      return source.read(from + start, from + end);
+      return readExactly(source, from + start, from + end);
     },
-    json: (name) => readJson(open, name),
+    // A vocabulary may hold the word __proto__; as a key of its own it does no harm.
+    json: (name) => readJson(open, name, { size: maximumJson, anyKey: true }),
     close,
   };
 }
 
-/** Opens the checkpoint in a folder (Node). Close it when done; nothing but headers is read until asked. */
-export async function openCheckpoint(folder: string): Promise<OpenCheckpoint> {
-  const { join } = await builtIn("node:path");
-  return readCheckpoint((name) => fileSource(join(folder, name)), folder);
+/**
+ * Opens the checkpoint in a folder (Node). Close it when done; nothing but headers is read until asked. Links that lead
+ * out of the folder are refused unless `followLinks` (default false); those of the Hugging Face Hub's cache are known.
+ * Throws CheckpointError as `readCheckpoint` does.
+ */
+export async function openCheckpoint(
+  folder: string,
+  options: { readonly followLinks?: boolean } = {},
+): Promise<OpenCheckpoint> {
+  const { open, list } = await folderFiles(folder, options);
+  return readCheckpoint(open, folder, { list });
 }

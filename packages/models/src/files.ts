@@ -1,8 +1,9 @@
-// Files on disk, Node only: byte-ranged reading and saving a set of files so that a folder never holds half of it.
-// Loads in a browser too, where the functions refuse.
-import { CheckpointError } from "@switchyard/core";
+// Files on disk, Node only: byte-ranged reading, and saving a set of files so that a folder holds the earlier set or the
+// new one whenever the process ends (docs/decisions/0008). Loads in a browser too, where the functions refuse.
+import { CheckpointError, type Json } from "@switchyard/core";
 import { builtIn } from "./built-in.ts";
-import type { ByteSource } from "./safetensors.ts";
+import { parseUntrusted } from "./json.ts";
+import { type ByteSource, quote } from "./safetensors.ts";
 
 const codeOf = (error: unknown): string | undefined =>
   error instanceof Error && "code" in error && typeof error.code === "string" ? error.code : undefined;
@@ -17,7 +18,11 @@ const reasons: ReadonlyMap<string, string> = new Map([
   ["EEXIST", "a file of that name is in the way"],
   ["ENOENT", "no such file or folder"],
   ["EISDIR", "it is a folder"],
+  ["ELOOP", "a link leads back to itself"],
 ]);
+
+/** A source that must be closed. */
+type FileSource = ByteSource & { close(): Promise<void> };
 
 /** One line a user can act on; the system's own error stays as the cause. */
 function explained(what: string, error: unknown, next = ""): CheckpointError {
@@ -28,32 +33,101 @@ function explained(what: string, error: unknown, next = ""): CheckpointError {
 }
 
 /** Opens a file for byte-ranged reading; undefined where it does not exist. The caller closes it. */
-export async function fileSource(path: string): Promise<(ByteSource & { close(): Promise<void> }) | undefined> {
-  const { open } = await builtIn("node:fs/promises");
-  const handle = await open(path, "r").catch((error: unknown) => {
+export const fileSource = (path: string): Promise<FileSource | undefined> => openFile(path, path);
+
+/** `name` is shown in errors. */
+async function openFile(path: string, name: string): Promise<FileSource | undefined> {
+  const { constants, open } = await builtIn("node:fs/promises");
+  // Without O_NONBLOCK (which Windows has not) opening a named pipe would wait for its writer, perhaps for ever.
+  const flags = constants.O_RDONLY | (constants.O_NONBLOCK ?? 0);
+  const handle = await open(path, flags).catch((error: unknown) => {
     if (codeOf(error) === "ENOENT") return undefined;
-    throw explained(`cannot read ${path}`, error);
+    throw explained(`cannot read ${name}`, error);
   });
   if (!handle) return undefined;
   const status = await handle.stat();
   if (!status.isFile()) {
     await handle.close();
-    throw new CheckpointError(`cannot read ${path}: it is not a file`);
+    throw new CheckpointError(`cannot read ${name}: it is not a file`);
   }
   return {
-    name: path,
+    name,
     size: status.size,
     async read(from, to) {
       const bytes = new Uint8Array(to - from);
       let done = 0;
       while (done < bytes.length) {
         const { bytesRead } = await handle.read(bytes, done, bytes.length - done, from + done);
-        if (bytesRead === 0) throw new CheckpointError(`${path} ended at byte ${from + done} while it was being read`);
+        if (bytesRead === 0) throw new CheckpointError(`${name} ended at byte ${from + done} while it was being read`);
         done += bytesRead;
       }
       return bytes;
     },
     close: () => handle.close(),
+  };
+}
+
+const reserved = /^(con|prn|aux|nul|com\d|lpt\d)(\.|$)/i;
+
+/**
+ * Whether a name from a stranger names a file in the folder and nothing else, on every system: no separators or drives,
+ * no `..`, no control characters, no devices of Windows.
+ */
+export const isPlainName = (name: string): boolean =>
+  name.length > 0 &&
+  name.length <= 255 &&
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: they are what is looked for
+  !/[\u0000-\u001f\u007f/\\:]/.test(name) &&
+  name !== "." &&
+  name !== ".." &&
+  !reserved.test(name);
+
+/** How a folder is read: by names, through the record of an interrupted save where there is one. */
+export interface FolderFiles {
+  /** Undefined where there is no such file. Throws CheckpointError for a link that leads out of the folder. */
+  open(name: string): Promise<FileSource | undefined>;
+  /** Names of everything in the folder; none where it does not exist. */
+  list(): Promise<readonly string[]>;
+}
+
+/**
+ * The files of a folder as its last complete save left them. Links that lead out of the folder are refused unless
+ * `followLinks`; the cache of the Hugging Face Hub, whose snapshots are links into `blobs` beside them, needs no option.
+ */
+export async function folderFiles(folder: string, { followLinks = false } = {}): Promise<FolderFiles> {
+  const { readdir, realpath } = await builtIn("node:fs/promises");
+  const { basename, dirname, join, sep } = await builtIn("node:path");
+  const real = (path: string): Promise<string | undefined> =>
+    realpath(path).catch((error: unknown) => {
+      if (codeOf(error) === "ENOENT") return undefined;
+      throw explained(`cannot read ${path}`, error);
+    });
+  const root = await real(folder);
+  if (root === undefined) return { open: async () => undefined, list: async () => [] };
+  const inside = [root + sep];
+  const snapshots = dirname(root);
+  if (basename(snapshots) === "snapshots") inside.push(join(dirname(snapshots), "blobs") + sep);
+  const openInside = async (name: string): Promise<FileSource | undefined> => {
+    if (!isPlainName(name)) throw new CheckpointError(`cannot read ${quote(name)} in ${folder}: it is no file name`);
+    const path = join(folder, name);
+    const target = await real(path);
+    if (target === undefined) return undefined;
+    if (!followLinks && !inside.some((start) => target.startsWith(start))) {
+      throw new CheckpointError(
+        `cannot read ${path}: it is a link that leads out of the folder, to ${target}. Copy the file there, or pass ` +
+          "followLinks: true where you made the link yourself",
+      );
+    }
+    return openFile(target, path);
+  };
+  const record = await readRecord(folder, openInside);
+  return {
+    async open(name) {
+      if (record?.stale.includes(name)) return undefined;
+      const fresh = record?.files.includes(name) ? await openInside(freshName(name, record.tag)) : undefined;
+      return fresh ?? openInside(name);
+    },
+    list: () => readdir(root),
   };
 }
 
@@ -70,6 +144,51 @@ export interface SaveOptions {
   isStale?(name: string): boolean;
 }
 
+/** What a save still has to do. While it stands in the folder, the new files count and the earlier ones do not. */
+interface SaveRecord {
+  readonly version: 1;
+  readonly tag: string;
+  readonly last: string;
+  readonly files: readonly string[];
+  readonly stale: readonly string[];
+}
+
+const recordName = ".switchyard-save.json";
+const freshName = (name: string, tag: string): string => `.${name}.${tag}.new`;
+const asideName = (name: string, tag: string): string => `.${name}.${tag}.old`;
+/** Takes such a name apart again. */
+const temporary = /^\.(.+)\.[0-9a-f]{8}\.(new|old)$/s;
+const maximumRecord = 1_000_000;
+
+async function readRecord(
+  folder: string,
+  open: (name: string) => Promise<FileSource | undefined>,
+): Promise<SaveRecord | undefined> {
+  const source = await open(recordName);
+  if (!source) return undefined;
+  const where = source.name;
+  let bytes: Uint8Array;
+  try {
+    if (source.size > maximumRecord) {
+      throw new CheckpointError(`${where} has ${source.size} bytes; at most ${maximumRecord} are allowed`);
+    }
+    bytes = await source.read(0, source.size);
+  } finally {
+    await source.close();
+  }
+  const value = parseUntrusted(new TextDecoder().decode(bytes), where) as { readonly [key: string]: Json } | null;
+  const { version, tag, last, files, stale } = value ?? {};
+  const names = (list: Json | undefined): list is string[] =>
+    Array.isArray(list) && list.every((name) => typeof name === "string" && isPlainName(name));
+  const good = version === 1 && typeof tag === "string" && /^[0-9a-f]{8}$/.test(tag) && typeof last === "string";
+  if (!good || !names(files) || !names(stale)) {
+    throw new CheckpointError(
+      `${where} is no record of a save that this version knows; where ${folder} was not saved by Switchyard, delete it`,
+    );
+  }
+  return { version, tag, last, files, stale };
+}
+
 async function syncFolder(folder: string): Promise<void> {
   // Windows cannot open a folder; its file system keeps the order of renames by itself.
   if (globalThis.process?.platform === "win32") return;
@@ -82,66 +201,182 @@ async function syncFolder(folder: string): Promise<void> {
   }
 }
 
+/** Writes a file that must not exist yet, and waits until the disk has it. */
+async function writeNew(path: string, content: ReturnType<FileToSave["content"]>): Promise<void> {
+  const { open } = await builtIn("node:fs/promises");
+  const handle = await open(path, "wx");
+  try {
+    for await (const piece of content) {
+      let done = 0;
+      while (done < piece.length) done += (await handle.write(piece, done, piece.length - done)).bytesWritten;
+    }
+    await handle.sync();
+  } finally {
+    await handle.close();
+  }
+}
+
+type Undo = (() => Promise<void>)[];
+
+/**
+ * Does what a record asks for, as far as it is not done yet: the earlier files step aside (`last` first, so that other
+ * readers refuse the folder meanwhile), the new ones take their places (`last` last), and the record goes.
+ */
+async function carryOut(folder: string, record: SaveRecord, undo: Undo): Promise<void> {
+  const { readdir, rename, rm } = await builtIn("node:fs/promises");
+  const { join } = await builtIn("node:path");
+  const { tag, last, files, stale } = record;
+  const present = new Set(await readdir(folder));
+  const move = async (from: string, to: string): Promise<void> => {
+    await rename(join(folder, from), join(folder, to));
+    undo.push(() => rename(join(folder, to), join(folder, from)));
+  };
+  const waiting = files.filter((name) => present.has(freshName(name, tag)));
+  const leaving = [...waiting, ...stale].filter((name) => present.has(name));
+  for (const name of leaving.sort((a, b) => Number(b === last) - Number(a === last))) {
+    await move(name, asideName(name, tag));
+  }
+  for (const name of waiting.sort((a, b) => Number(a === last) - Number(b === last))) {
+    await move(freshName(name, tag), name);
+  }
+  await syncFolder(folder);
+  await rm(join(folder, recordName));
+}
+
+/** What killed saves of the same files left lying; without a record it means nothing. */
+async function removeLeftovers(folder: string, belongs: (name: string) => boolean): Promise<void> {
+  const { readdir, rm } = await builtIn("node:fs/promises");
+  const { join } = await builtIn("node:path");
+  for (const name of await readdir(folder)) {
+    const of = temporary.exec(name)?.[1];
+    if (of !== undefined && belongs(of)) await rm(join(folder, name), { recursive: true, force: true });
+  }
+}
+
+/** Saves to one folder wait for each other: the later one would take the earlier one's files for leftovers. */
+const saving = new Map<string, Promise<unknown>>();
+
 /**
  * Saves a set of files into a folder, all or nothing. Every file is first written beside its place under a temporary
- * name and synced; only when all are complete are they renamed, `last` at the end. A failure at any point removes the
- * temporary files and puts the earlier files back. A process killed between two renames leaves a folder without
- * `last`, which no reader accepts, never a mixture of two saves.
+ * name and synced; when all are complete, a record of what is left to do is put in place in one rename, and from then on
+ * the new set counts: `openCheckpoint` reads through the record. Then the files are renamed, `last` at the end, and the
+ * record is removed. A failure at any point removes the temporary files and puts the earlier files back. A process killed
+ * at any point leaves the earlier set or the new one; `finishSave`, or the next save, tidies up. A program that does not
+ * know the record finds the earlier set, the new one, or a folder without `last`, never a mixture.
+ *
+ * One process at a time may save to a folder. Throws CheckpointError where it cannot be written.
  */
 export async function saveFiles(folder: string, files: readonly FileToSave[], options: SaveOptions): Promise<void> {
-  const { mkdir, open, readdir, rename, rm, rmdir } = await builtIn("node:fs/promises");
+  const { resolve } = await builtIn("node:path");
+  const key = resolve(folder);
+  const before = saving.get(key);
+  const turn = before ? before.then(() => save(folder, files, options)) : save(folder, files, options);
+  // The next one waits for the end of this one, good or bad; a failure goes to the caller below.
+  const end = turn.catch(() => undefined);
+  saving.set(key, end);
+  try {
+    await turn;
+  } finally {
+    if (saving.get(key) === end) saving.delete(key);
+  }
+}
+
+/** Undoes a save that failed, latest step first, and says what stands in the folder now. */
+async function takeBack(undo: Undo, tidy: Undo): Promise<string> {
+  for (const step of undo.reverse()) {
+    try {
+      await step();
+    } catch (problem) {
+      // The record may still stand, and all it needs is there. Removing anything more would make a mixture.
+      return `; undoing it failed too (${problem}): the earlier files count or the new ones, see finishSave`;
+    }
+  }
+  const problems: unknown[] = [];
+  for (const step of tidy.reverse()) await step().catch((problem: unknown) => problems.push(problem));
+  if (problems.length === 0) return "; nothing was changed";
+  return `; the earlier files are as they were, but temporary ones could not be removed (${problems.join("; ")})`;
+}
+
+async function save(folder: string, files: readonly FileToSave[], options: SaveOptions): Promise<void> {
+  const { mkdir, readdir, rename, rm, rmdir } = await builtIn("node:fs/promises");
   const { dirname, join, resolve } = await builtIn("node:path");
+  const { last } = options;
   const tag = globalThis.crypto.randomUUID().slice(0, 8);
-  const fresh = (name: string): string => join(folder, `.${name}.${tag}.new`);
-  const aside = (name: string): string => join(folder, `.${name}.${tag}.old`);
+  const names = files.map(({ name }) => name);
+  const belongs = (name: string): boolean => names.includes(name) || name === recordName || !!options.isStale?.(name);
 
   const made = await mkdir(folder, { recursive: true }).catch((error: unknown) => {
     throw explained(`cannot make the folder ${folder}`, error);
   });
-  const undo: (() => Promise<void>)[] = [];
+  /** Removes what was written. */
+  const tidy: Undo = [];
+  /** From the record on: makes the earlier files count again. Until all of it is done the new ones do. */
+  const undo: Undo = [];
+  let inPlace = false;
   if (made !== undefined) {
     const parents = [resolve(folder)];
     while (parents[0] !== resolve(made)) parents.unshift(dirname(parents[0] as string));
-    for (const parent of parents) undo.push(() => rmdir(parent));
+    for (const parent of parents) tidy.push(() => rmdir(parent));
+  } else {
+    await finishSave(folder);
   }
-  const moved: string[] = [];
   try {
+    await removeLeftovers(folder, belongs);
     for (const { name, content } of files) {
-      const handle = await open(fresh(name), "wx");
-      undo.push(() => rm(fresh(name), { force: true }));
-      try {
-        for await (const piece of content()) {
-          let done = 0;
-          while (done < piece.length) done += (await handle.write(piece, done, piece.length - done)).bytesWritten;
-        }
-        await handle.sync();
-      } finally {
-        await handle.close();
-      }
+      const path = join(folder, freshName(name, tag));
+      // Before it is there: opening it may succeed and report a failure.
+      tidy.push(() => rm(path, { force: true }));
+      await writeNew(path, content());
     }
-    const names = new Set(files.map(({ name }) => name));
-    const present = new Set(await readdir(folder));
-    const stale = [...present].filter((name) => !names.has(name) && options.isStale?.(name));
-    // One file takes the place of its predecessor in one rename; only a set needs them out of the way first.
-    const leaving =
-      files.length === 1 && stale.length === 0 ? [] : [...present].filter((x) => names.has(x)).concat(stale);
-    for (const name of leaving.sort((a, b) => Number(b === options.last) - Number(a === options.last))) {
-      await rename(join(folder, name), aside(name));
-      undo.push(() => rename(aside(name), join(folder, name)));
-      moved.push(name);
+    const present = await readdir(folder);
+    const stale = present.filter((name) => !names.includes(name) && options.isStale?.(name));
+    const [only] = names;
+    if (only !== undefined && names.length === 1 && stale.length === 0) {
+      // One file takes the place of its predecessor in one rename; only a set needs a record.
+      await rename(join(folder, freshName(only, tag)), join(folder, only));
+      inPlace = true;
+      await syncFolder(folder);
+    } else {
+      const odd = [...names, ...stale].find((name) => !isPlainName(name));
+      if (odd !== undefined) throw new CheckpointError(`cannot save to ${folder}: ${quote(odd)} is no file name`);
+      const record: SaveRecord = { version: 1, tag, last, files: names, stale };
+      const path = join(folder, freshName(recordName, tag));
+      tidy.push(() => rm(path, { force: true }));
+      await writeNew(path, [new TextEncoder().encode(JSON.stringify(record))]);
+      // The disk must know all the names before the record makes them count.
+      await syncFolder(folder);
+      undo.push(() => rm(join(folder, recordName), { force: true }));
+      await rename(path, join(folder, recordName));
+      await syncFolder(folder);
+      await carryOut(folder, record, undo);
+      inPlace = true;
+      await syncFolder(folder);
     }
-    for (const name of [...names].sort((a, b) => Number(a === options.last) - Number(b === options.last))) {
-      await rename(fresh(name), join(folder, name));
-      if (leaving.length > 0 || !present.has(name)) undo.push(() => rename(join(folder, name), fresh(name)));
-    }
-    await syncFolder(folder);
   } catch (error) {
-    const problems: unknown[] = [];
-    for (const step of undo.reverse()) await step().catch((problem: unknown) => problems.push(problem));
-    const next = problems.length
-      ? `; putting the earlier files back failed too (${problems.map(String).join("; ")})`
-      : "; nothing was changed";
+    const next = inPlace
+      ? "; the new files are in place, but may be lost if the power fails"
+      : await takeBack(undo, tidy);
     throw explained(`cannot save to ${folder}`, error, next);
   }
-  for (const name of moved) await rm(aside(name), { recursive: true, force: true });
+  await removeLeftovers(folder, belongs).catch((error: unknown) => {
+    throw explained(`saved to ${folder}, but files of the earlier save could not be removed`, error);
+  });
+}
+
+/**
+ * Completes a save whose process was killed after all was written, so that programs that do not know our record see the
+ * new files; says whether there was anything to do. Not while another process saves there. Throws CheckpointError.
+ */
+export async function finishSave(folder: string): Promise<boolean> {
+  const { join } = await builtIn("node:path");
+  const record = await readRecord(folder, (name) => fileSource(join(folder, name)));
+  if (!record) return false;
+  try {
+    await carryOut(folder, record, []);
+    await syncFolder(folder);
+    await removeLeftovers(folder, (name) => record.files.includes(name) || record.stale.includes(name));
+  } catch (error) {
+    throw explained(`cannot finish the interrupted save in ${folder}`, error, "; it counts as saved and can be read");
+  }
+  return true;
 }

@@ -88,6 +88,8 @@ export interface LoadOptions {
   readonly otherOptions?: boolean;
   /** Bytes that the parameters may take in f32; default: no limit. */
   readonly memory?: number;
+  /** Reads files that are links out of the folder; default false. The cache of the Hugging Face Hub needs no option. */
+  readonly followLinks?: boolean;
 }
 
 export interface LoadedModel {
@@ -104,8 +106,8 @@ export interface LoadedModel {
  * @example const { model, tokenizer } = await loadModel("runs/first/model", { engine, routers: [topK({ k: 2 })] });
  */
 export async function loadModel(folder: string, options: LoadOptions): Promise<LoadedModel> {
-  const { engine, routers = [], otherOptions = false, memory } = options;
-  const checkpoint = await openCheckpoint(folder);
+  const { engine, routers = [], otherOptions = false, memory, followLinks = false } = options;
+  const checkpoint = await openCheckpoint(folder, { followLinks });
   try {
     const architectures = [olmoe, switchyard({ routers, otherOptions })];
     const type = checkpoint.config.model_type;

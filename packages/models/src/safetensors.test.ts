@@ -75,6 +75,8 @@ describe("writing refuses", () => {
     ],
     ["__proto__", [{ name: "layers.__proto__.x", ...one }], /not allowed/],
     ["an unknown dtype", [{ name: "a", ...one, dtype: "F31" }], /F31 \[1\]/],
+    ["a name that it would not read", [{ name: "n".repeat(1025), ...one }], /over 1024 characters/],
+    ["more tensors than it would read", new Array<TensorSource>(200_001).fill({ name: "a", ...one }), /200001 tensors/],
     ["bytes that do not fit", [{ name: "a", ...one, shape: [2] }], /needs 8 bytes, got 4/],
   ])("%s", async (_, tensors, message) => {
     await expect(encode(tensors)).rejects.toThrow(message);
@@ -130,6 +132,31 @@ describe("reading refuses", () => {
     ["__proto__", file(`{"__proto__":${a}}`, 4), /"__proto__" is not allowed/],
     ["__proto__ in a path", file(`{"x.__proto__.y":${a}}`, 4), /"x.__proto__.y" is not allowed/],
     ["__proto__ in the metadata", file('{"__metadata__":{"__proto__":"x"}}'), /__metadata__ has the key/],
+    ["a name of 1025 characters", file(`{"${"n".repeat(1025)}":${a}}`, 4), /1025 characters; at most 1024 .*"nnn/],
+    [
+      "a long key of the metadata",
+      file(`{"__metadata__":{"${"n".repeat(1025)}":"x"}}`),
+      /1025 characters; at most 1024/,
+    ],
+    ["a long dtype", file(`{"a":${tensor("F".repeat(5000), [1], 0, 4)}}`, 4), /unknown dtype "FFF/],
+    [
+      "10,001 entries of metadata",
+      file(`{"__metadata__":{${Array.from({ length: 10_001 }, (_, i) => `"${i}":""`).join()}}}`),
+      /__metadata__ lists more than 10000 entries/,
+    ],
+    ["a list in a shape", file(`{"a":${tensor("F32", [[1]], 0, 4)}}`, 4), /nests deeper than the format allows/],
+    ["an object for a dtype", file('{"a":{"dtype":{"x":1}}}'), /nests deeper than the format allows/],
+    ["a million levels", file(`{"a":${"[".repeat(1_000_000)}`), /nests deeper than the format allows/],
+    ["a list in the metadata", file('{"__metadata__":{"x":[]}}'), /nests deeper than the format allows/],
+    [
+      "a number of a million digits",
+      file(`{"a":{"dtype":"U8","shape":[${"9".repeat(1_000_000)}],"data_offsets":[0,1]}}`, 1),
+      /the shape of tensor "a" holds "99999999999999999", which is beyond 2\^53/,
+    ],
+    ["an archive of PyTorch", new TextEncoder().encode("PK\x03\x04 and more"), /Python pickle.*Convert it/],
+    ["a bare pickle", Uint8Array.of(0x80, 2, 0x8a, 10, 0x6c, 0xfc, 0x9c, 0x46), /Python pickle.*Convert it/],
+    ["a GGUF file", new TextEncoder().encode("GGUF\x03\0\0\0 and more"), /This is a GGUF file/],
+    ["a pointer of Git LFS", new TextEncoder().encode("version https://git-lfs"), /fetch it with git lfs pull/],
     ["metadata that is no text", file('{"__metadata__":{"x":1}}'), /expected "/],
   ];
   it.each(cases)("%s", async (_, bytes, message) => {
@@ -152,6 +179,20 @@ describe("reading refuses", () => {
     };
     await expect(readHeader(watching)).rejects.toThrow();
     expect(most).toBeLessThan(100);
+  });
+
+  it("a source that gives fewer bytes than asked for", async () => {
+    const bytes = file("{}");
+    for (const cut of [8, 2]) {
+      const inner = bytesSource("x", bytes);
+      const short = {
+        ...inner,
+        read: async (from: number, to: number) => (await inner.read(from, to)).subarray(0, -1),
+      };
+      const good = { ...inner, read: (from: number, to: number) => (to - from === cut ? short : inner).read(from, to) };
+      await expect(readHeader(good)).rejects.toThrow(/bytes \d+ to \d+ were asked for, \d came back/);
+      await expect(readHeader(good)).rejects.toSatisfy(CheckpointError.isInstance);
+    }
   });
 
   it("a hostile name without printing all of it", async () => {

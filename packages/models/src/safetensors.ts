@@ -36,10 +36,14 @@ export interface TensorSource {
   bytes(): Uint8Array | Promise<Uint8Array>;
 }
 
-/** Limits of the reference implementation (header) and of sanity (count, rank). */
+/** Limits of the reference implementation (header) and of sanity (counts, names, rank). */
 const maximumHeader = 100_000_000;
-const maximumTensors = 200_000;
+export const maximumTensors = 200_000;
+const maximumMetadata = 10_000;
+const maximumName = 1024;
 const maximumRank = 64;
+/** A whole number below 2^53 has 16 digits at most. */
+const maximumDigits = 16;
 
 const bitsOf: ReadonlyMap<string, number> = new Map([
   ["F4", 4],
@@ -107,14 +111,22 @@ class HeaderParser {
   }
 
   #expect(c: string): void {
-    if (this.#peek() !== c) {
+    const next = this.#peek();
+    if (next !== c) {
+      if (next === "{" || next === "[") this.#tooDeep();
       const found = this.#text[this.#at] ?? "its end";
       this.fail(`the header is not valid: expected ${c} at character ${this.#at}, found ${found}`);
     }
     this.#at++;
   }
 
-  string(): string {
+  /** An object or list where the format has a text or a number: a header has three levels and no more. */
+  #tooDeep(): never {
+    this.fail(`the header is not valid: it nests deeper than the format allows, at character ${this.#at}`);
+  }
+
+  /** `limit` in characters as they stand in the file. */
+  string(what = "a text of the header", limit = maximumHeader): string {
     this.#expect('"');
     const start = this.#at - 1;
     for (;;) {
@@ -123,6 +135,12 @@ class HeaderParser {
       if (c === "\\") this.#at++;
       else if (c === '"') break;
     }
+    const length = this.#at - start - 2;
+    if (length > limit) {
+      this.fail(
+        `${what} has ${length} characters; at most ${limit} are allowed: ${quote(this.#text.slice(start + 1))}`,
+      );
+    }
     try {
       return JSON.parse(this.#text.slice(start, this.#at)) as string;
     } catch (cause) {
@@ -130,8 +148,8 @@ class HeaderParser {
     }
   }
 
-  /** Calls `entry` once per key, after the colon; refuses equal keys. */
-  object(what: string, entry: (key: string) => void): void {
+  /** Calls `entry` once per key, after the colon; refuses equal keys and more than `limit`. */
+  object(what: string, limit: number, entry: (key: string) => void): void {
     const seen = new Set<string>();
     this.#expect("{");
     if (this.#peek() === "}") {
@@ -139,8 +157,9 @@ class HeaderParser {
       return;
     }
     for (;;) {
-      const key = this.string();
+      const key = this.string("a name in the header", maximumName);
       if (seen.has(key)) this.fail(`${what} has the key ${quote(key)} twice`);
+      if (seen.size === limit) this.fail(`${what} lists more than ${limit} entries`);
       seen.add(key);
       this.#expect(":");
       entry(key);
@@ -168,15 +187,17 @@ class HeaderParser {
   }
 
   #integer(what: string): number {
-    this.#peek();
+    const next = this.#peek();
+    if (next === "{" || next === "[") this.#tooDeep();
     const start = this.#at;
-    while (/[-+.\w]/.test(this.#text[this.#at] ?? "")) this.#at++;
+    while (this.#at - start <= maximumDigits && /[-+.\w]/.test(this.#text[this.#at] ?? "")) this.#at++;
     const digits = this.#text.slice(start, this.#at);
     if (!/^(0|[1-9]\d*)$/.test(digits)) {
       this.fail(`${what} must hold whole numbers from 0 up, found ${quote(digits)}`);
     }
     const value = Number(digits);
-    if (!Number.isSafeInteger(value)) this.fail(`${what} holds ${quote(digits)}, which is beyond 2^53`);
+    if (digits.length > maximumDigits || !Number.isSafeInteger(value))
+      this.fail(`${what} holds ${quote(digits)}, which is beyond 2^53`);
     return value;
   }
 
@@ -191,9 +212,10 @@ function parseHeader(text: string, where: string, dataSize: number, dataStart: n
   const parser: HeaderParser = new HeaderParser(text, where);
   const metadata = new Map<string, string>();
   const tensors = new Map<string, StoredTensor>();
-  parser.object("the header", (name) => {
+  // One more than the tensors: the metadata is an entry too.
+  parser.object("the header", maximumTensors + 1, (name) => {
     if (name === "__metadata__") {
-      parser.object("__metadata__", (key) => {
+      parser.object("__metadata__", maximumMetadata, (key) => {
         if (forbidden(key)) parser.fail(`__metadata__ has the key ${quote(key)}, which is not allowed`);
         metadata.set(key, parser.string());
       });
@@ -205,7 +227,7 @@ function parseHeader(text: string, where: string, dataSize: number, dataStart: n
     let dtype: string | undefined;
     let shape: number[] | undefined;
     let offsets: number[] | undefined;
-    parser.object(what, (key) => {
+    parser.object(what, 4, (key) => {
       if (key === "dtype") dtype = parser.string();
       else if (key === "shape") shape = parser.integers(`the shape of ${what}`, maximumRank);
       else if (key === "data_offsets") offsets = parser.integers(`data_offsets of ${what}`, 2);
@@ -249,27 +271,53 @@ function parseHeader(text: string, where: string, dataSize: number, dataStart: n
   return { metadata, tensors };
 }
 
+/** Bytes `from` to `to`. Throws CheckpointError where the source gives another number of bytes (a broken download). */
+export async function readExactly(source: ByteSource, from: number, to: number): Promise<Uint8Array> {
+  const bytes = await source.read(from, to);
+  if (bytes.length === to - from) return bytes;
+  throw new CheckpointError(`${source.name}: bytes ${from} to ${to} were asked for, ${bytes.length} came back`);
+}
+
+/** Why files of this kind are not read, and what to do instead. */
+export const pickleAdvice: string =
+  "Such a file is a Python pickle, which can run any program when it is opened, so this package does not read it. " +
+  "Convert it where you trust it, for example with Hugging Face Transformers: " +
+  "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT, safe_serialization=True)";
+
+/** What a file is that is no safetensors file, by its first eight bytes; undefined where they are not known. */
+function recognised(start: Uint8Array): string | undefined {
+  const [first = 0, second = 0] = start;
+  const text = String.fromCharCode(...start);
+  // torch.save writes a zip archive, older versions a bare pickle of protocol 2 to 5.
+  if (text.startsWith("PK\x03\x04") || (first === 0x80 && second >= 2 && second <= 5)) return pickleAdvice;
+  if (text.startsWith("GGUF")) return "This is a GGUF file, not a safetensors file.";
+  if (text === "version ") return "This is a pointer of Git LFS, not the file itself: fetch it with git lfs pull.";
+  return undefined;
+}
+
 /**
  * Reads and checks the header of a safetensors file; no tensor is read.
  * Throws CheckpointError for anything the format does not allow: a header longer than 100 MB or than the file, unknown
  * dtypes, sizes beyond 2^53, offsets outside the file, overlaps, holes, a size that is not dtype x shape, equal keys,
- * `__proto__` in a name.
+ * `__proto__` in a name, deeper nesting, names over 1024 characters, more than 64 dimensions, 200,000 tensors or 10,000
+ * entries of metadata; and, by its first bytes, for a pickle, a GGUF file or a pointer of Git LFS under a wrong name.
  */
 export async function readHeader(source: ByteSource): Promise<Safetensors> {
   const where = source.name;
   if (source.size < 8) throw new CheckpointError(`${where}: ${source.size} bytes are too few for a safetensors file`);
-  const length = new DataView((await source.read(0, 8)).buffer).getBigUint64(0, true);
+  const start = await readExactly(source, 0, 8);
+  const length = new DataView(start.buffer, start.byteOffset, 8).getBigUint64(0, true);
   if (length > BigInt(maximumHeader)) {
     throw new CheckpointError(
       `${where}: the header says it is ${length} bytes long; at most ${maximumHeader} are allowed. ` +
-        "Is this a safetensors file?",
+        (recognised(start) ?? "Is this a safetensors file?"),
     );
   }
   const size = Number(length);
   if (size > source.size - 8) {
     throw new CheckpointError(`${where}: the header says it is ${size} bytes long, but the file has ${source.size}`);
   }
-  const raw = await source.read(8, 8 + size);
+  const raw = await readExactly(source, 8, 8 + size);
   if (raw[0] !== 0x7b) throw new CheckpointError(`${where}: the header does not start with {: not a safetensors file`);
   let text: string;
   try {
@@ -302,7 +350,15 @@ export async function* encodeSafetensors(
   const entries: string[] = [`"__metadata__":${JSON.stringify({ format: "pt", ...metadata })}`];
   const sizes: number[] = [];
   let at = 0;
+  if (tensors.length > maximumTensors) {
+    throw new CheckpointError(
+      `cannot write ${tensors.length} tensors to one file; at most ${maximumTensors} are allowed`,
+    );
+  }
   for (const { name, dtype, shape } of tensors) {
+    if (JSON.stringify(name).length - 2 > maximumName) {
+      throw new CheckpointError(`cannot write a tensor named ${quote(name)}: over ${maximumName} characters`);
+    }
     if (seen.has(name) || forbidden(name) || name === "__metadata__") {
       throw new CheckpointError(`cannot write a tensor named ${quote(name)}: the name is taken or not allowed`);
     }

@@ -38,6 +38,7 @@ import {
 } from "@switchyard/core/moe";
 import { TransformerCache } from "./cache.ts";
 import type { Architecture, Checkpoint, ForwardOptions, KvCache, Model } from "./model.ts";
+import { ropeTables, rotary } from "./rope.ts";
 import {
   type CompleteConfig,
   completeConfig,
@@ -217,6 +218,7 @@ function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transfo
   const { vocabulary, width, layers, heads, kvHeads, headSize, context, ropeTheta, normEps: eps, qkNorm } = config;
   const { modules, params: ownParams, buffers: ownBuffers } = parts;
   const { router: plugin, clipQkv } = config;
+  const positionsOf = rotary(undefined, { headSize, theta: ropeTheta });
 
   const checkCausal = (training: boolean, allowed: boolean): void => {
     if (allowed || (training ? plugin.causal.training : plugin.causal.evaluation)) return;
@@ -264,10 +266,7 @@ function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transfo
       );
     }
     const half = headSize / 2;
-    const angles = Float64Array.from({ length: sequence * half }, (_, i) => {
-      const position = past + Math.floor(i / half);
-      return position * ropeTheta ** (-(i % half) / half);
-    });
+    const tables = ropeTables(positionsOf, { past, positions: sequence });
     return {
       params,
       options,
@@ -276,8 +275,8 @@ function assemble(engine: Engine, config: CompleteConfig, parts: Parts): Transfo
       layout: { batch, sequence, past, ...(mask ? { mask } : {}) },
       cache,
       tokenIds: reshape(ids, [batch * sequence]),
-      cos: hostConstant(ids, angles.map(Math.cos), [sequence, half]),
-      sin: hostConstant(ids, angles.map(Math.sin), [sequence, half]),
+      cos: hostConstant(ids, tables.cos, [sequence, half]),
+      sin: hostConstant(ids, tables.sin, [sequence, half]),
     };
   };
 

@@ -72,6 +72,20 @@ export async function readTensor(
   return engine.tensor(await readFloats(checkpoint, name, shape), shape);
 }
 
+/**
+ * Throws CheckpointError where config.json asks for more layers or experts than there are tensors: such a number would
+ * cost time and memory before the first missing tensor is noticed.
+ */
+export function checkCounts(checkpoint: Checkpoint, counts: Readonly<Record<string, number>>): void {
+  for (const [what, count] of Object.entries(counts)) {
+    if (count > checkpoint.names.length) {
+      throw new CheckpointError(
+        `config.json asks for ${count} ${what}, but the checkpoint has only ${checkpoint.names.length} tensors`,
+      );
+    }
+  }
+}
+
 /** Throws UnsupportedError where the parameters in f32 would not fit into the memory the caller allows. */
 export function checkMemory(shapes: Iterable<readonly number[]>, memory: number | undefined): void {
   if (memory === undefined) return;

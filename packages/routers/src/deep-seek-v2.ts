@@ -10,6 +10,7 @@ import {
   hostConstant,
   less,
   linear,
+  logSoftmax,
   mul,
   reshape,
   ShapeError,
@@ -24,12 +25,13 @@ import {
 import {
   type Loss,
   maskPlan,
+  overridePlan,
   type Routed,
   type RouterInput,
   type RouterPlugin,
   sequenceBalance,
 } from "@switchyard/core/moe";
-import { bestInGroups, checkGroups, checkLimit } from "./group-parts.ts";
+import { bestInGroups, checkGroups, checkLimit, eligible } from "./group-parts.ts";
 import { checkK, checkNotNegative, leaf, maskOf, normalWeight, type RouterCard } from "./parts.ts";
 
 export interface DeepSeekV2Options {
@@ -85,7 +87,14 @@ export function deepSeekV2(options: DeepSeekV2Options): RouterPlugin {
     const ids = bestInGroups(probabilities, k, limit); // [tokens, k]
     const chosen = gatherLast(probabilities, ids);
     const shares = normalise ? div(chosen, sumLast(chosen)) : chosen;
-    const plan = { kind: "sparse", experts: ids, weights: mul(shares, scale) } as const;
+    const own = { kind: "sparse", experts: ids, weights: mul(shares, scale) } as const;
+    const plan = overridePlan(own, input, () => ({
+      ...eligible(probabilities, limit),
+      logWeights: logSoftmax(logits),
+      normalised: normalise,
+      scale,
+      k,
+    }));
     return {
       plan: mask ? maskPlan(plan, mask) : plan,
       logits,
@@ -108,6 +117,7 @@ export function deepSeekV2(options: DeepSeekV2Options): RouterPlugin {
       return {
         params: { weight: normalWeight(context) },
         buffers: {},
+        overrides: true,
         score,
         select,
         route: (params, input) => select(score(params, input), input),

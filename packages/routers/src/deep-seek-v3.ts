@@ -10,21 +10,24 @@ import {
   gatherLast,
   linear,
   mul,
+  neg,
   ShapeError,
   sigmoid,
+  softplus,
   sumLast,
   type Tensor,
   type Tree,
 } from "@switchyard/core";
 import {
   maskPlan,
+  overridePlan,
   type Routed,
   type RouterInput,
   type RouterPlugin,
   type StepStatistics,
   sequenceBalance,
 } from "@switchyard/core/moe";
-import { bestInGroups, checkGroups, checkLimit } from "./group-parts.ts";
+import { bestInGroups, checkGroups, checkLimit, eligible } from "./group-parts.ts";
 import { checkK, checkNotNegative, leaf, maskOf, normalWeight, type RouterCard } from "./parts.ts";
 
 export interface DeepSeekV3Options {
@@ -87,10 +90,18 @@ export function deepSeekV3(options: DeepSeekV3Options): RouterPlugin {
     const { training, layout, buffers } = input;
     const masked = maskOf(input);
     const scores = sigmoid(logits); // [tokens, experts]
-    const ids = bestInGroups(add(scores, leaf(buffers, "bias")), k, limit); // [tokens, k]
+    const biased = add(scores, leaf(buffers, "bias"));
+    const ids = bestInGroups(biased, k, limit); // [tokens, k]
     const chosen = gatherLast(scores, ids);
     const shares = normalise ? div(chosen, add(sumLast(chosen), 1e-20)) : chosen;
-    const plan = { kind: "sparse", experts: ids, weights: mul(shares, scale) } as const;
+    const own = { kind: "sparse", experts: ids, weights: mul(shares, scale) } as const;
+    const plan = overridePlan(own, input, () => ({
+      ...eligible(biased, limit),
+      logWeights: neg(softplus(neg(logits))), // ln s
+      normalised: normalise,
+      scale,
+      k,
+    }));
     const lossy = training && balance !== 0;
     return {
       plan: masked.mask ? maskPlan(plan, masked.mask) : plan,
@@ -122,6 +133,7 @@ export function deepSeekV3(options: DeepSeekV3Options): RouterPlugin {
       return {
         params: { weight: normalWeight(context) },
         buffers: { bias: engine.tensor(new Float32Array(experts), [experts]) },
+        overrides: true,
         score,
         select,
         route: (params, input) => select(score(params, input), input),

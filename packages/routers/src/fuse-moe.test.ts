@@ -282,6 +282,23 @@ describe("fuseMoE", () => {
     expect(on.live()).toBe(0);
   });
 
+  it("ids of modalities may lie in rows of the batch", async () => {
+    const on = float64();
+    const { flatIds, inRows } = await results(on, () => {
+      const router = fuseMoE({ k: 1 }).init(routerContext(on));
+      const hidden = tensor(
+        on,
+        [1, 2, 3, 4].map((i) => [i, 1, -i, 0, 1, 2]),
+      );
+      const routed = (shape: readonly number[]): Tensor => {
+        const modalityIds = on.tensor(Int32Array.of(0, 1, 1, 0), shape);
+        const input = routerInput(on, { hidden, batch: 2, training: true });
+        return sparse(router.route(router.params, { ...input, modalityIds })).experts;
+      };
+      return { flatIds: routed([4]), inRows: routed([2, 2]) };
+    });
+    expect(inRows).toEqual(flatIds);
+  });
   it("refuses what cannot be, with the reason", async () => {
     const on = float64();
     const init =

@@ -12,12 +12,12 @@ import {
   concat,
   dispatch,
   div,
-  entropyLast,
   full,
   groupedMatmul,
   hostConstant,
   less,
   linear,
+  log,
   matmul,
   maximum,
   mul,
@@ -206,14 +206,15 @@ interface Modalities {
   readonly masks: readonly Tensor[];
 }
 
-function modalitiesOf({ modalityIds, hidden }: RouterInput, modalities: number, mask?: Tensor): Modalities {
-  const tokens = hidden.shape[0] ?? 0;
-  if (modalityIds === undefined || modalityIds.size !== tokens) {
+function modalitiesOf(input: RouterInput, modalities: number, mask?: Tensor): Modalities {
+  const tokens = input.hidden.shape[0] ?? 0;
+  if (input.modalityIds?.size !== tokens) {
     throw new UnsupportedError(
-      `fuseMoE: there are ${modalityIds?.size ?? "no"} modality ids for ${tokens} tokens; pass input.modalityIds, i32 [${tokens}], ` +
+      `fuseMoE: there are ${input.modalityIds?.size ?? "no"} modality ids for ${tokens} tokens; pass input.modalityIds, i32 [${tokens}], ` +
         'or use design: "joint"',
     );
   }
+  const modalityIds = reshape(input.modalityIds, [tokens]);
   const known = mul(less(-1, modalityIds), less(modalityIds, modalities)); // [tokens]
   const ids = where(known, modalityIds, -1);
   const real = mask ? mul(mask, known) : known;
@@ -323,10 +324,12 @@ export function modalityMeans(probabilities: Tensor, masks: readonly Tensor[]): 
 
 /** mean_m H(p_m) - H(mean_m p_m) in nats over the modalities that are present, []; from -ln(modalities) to 0. */
 export function entropyRegulariser({ means, present }: ModalityMeans): Tensor {
-  const [modalities = 0, experts = 0] = means.shape;
+  const [, experts = 0] = means.shape;
   const count = maximum(sum(present), 1);
-  const own = div(sum(mul(entropyLast(means), reshape(present, [modalities]))), count);
-  return sub(own, reshape(entropyLast(reshape(div(sum(means, [0]), count), [1, experts])), []));
+  const centre = reshape(div(sum(means, [0]), count), [1, experts]);
+  // -mean_m KL(p_m | centre), which is the same: the difference of two entropies would be lost to rounding.
+  const ratios = where(less(0, means), div(means, maximum(centre, 1e-30)), 1); // [modalities, experts]
+  return neg(div(sum(mul(means, log(ratios))), count));
 }
 
 export const card: RouterCard = {

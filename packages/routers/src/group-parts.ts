@@ -53,7 +53,16 @@ export function limitToGroups(scores: Tensor, limit: GroupLimit): GroupLimited {
  * so with the limit kept by `checkGroups` none is.
  */
 export function bestInGroups(scores: Tensor, k: number, limit: GroupLimit): Tensor {
-  return topkIndices(limit.keptGroups === limit.groups ? scores : limitToGroups(scores, limit).scores, k);
+  return topkIndices(eligible(scores, limit).order, k);
+}
+
+/** The scores by which experts are taken, and how many of them a token can reach. */
+export function eligible(scores: Tensor, limit: GroupLimit): { readonly order: Tensor; readonly reachable: number } {
+  const { groups, keptGroups, excluded = Number.NEGATIVE_INFINITY } = limit;
+  const experts = scores.shape[1] ?? 0;
+  if (keptGroups === groups) return { order: scores, reachable: experts };
+  const reachable = Number.isFinite(excluded) ? experts : (experts / groups) * keptGroups;
+  return { order: limitToGroups(scores, limit).scores, reachable };
 }
 
 /** Checks what can be checked without knowing the experts: throws ShapeError unless 1 <= keptGroups <= groups, whole numbers. */

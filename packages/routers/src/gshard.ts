@@ -59,6 +59,8 @@ export interface GShardOptions {
   readonly order?: "choices" | "tokens";
   /** Places that every expert has at least; default 0 (tensor2tensor: 4). */
   readonly minimumCapacity?: number;
+  /** Added to g1 + g2 before they are divided by it, from 0; default 1e-9, as in tensor2tensor. */
+  readonly epsilon?: number;
   /** Weight of the balance loss; default 0.01. */
   readonly balance?: number;
   /** Multiplies the balance loss by E², so that even loads give 1 for any E (tensor2tensor), not 1 / E². Default true. */
@@ -85,11 +87,12 @@ export function gshard(options: GShardOptions = {}): RouterPlugin {
     evaluationCapacityFactor = Number.POSITIVE_INFINITY,
     order = "choices",
     minimumCapacity = 0,
+    epsilon = 1e-9,
     balance = 0.01,
     scaledBalance = true,
     zLoss = 0,
   } = options;
-  checkNotNegative("gshard", { balance, zLoss });
+  checkNotNegative("gshard", { epsilon, balance, zLoss });
   checkWord("gshard", "order", order, ["choices", "tokens"]);
   checkWord("gshard", "second", second, rules);
   checkWord("gshard", "evaluationSecond", evaluationSecond, ["threshold", "all", "none"]);
@@ -109,7 +112,7 @@ export function gshard(options: GShardOptions = {}): RouterPlugin {
     const [, experts = 0] = logits.shape;
     const { mask } = maskOf(input);
     const best = softmaxTopk(logits, { k: Math.min(2, experts), order: "softmax-topk" }); // [tokens, 2]
-    const weights = div(best.weights, add(sumLast(best.weights), 1e-9));
+    const weights = div(best.weights, add(sumLast(best.weights), epsilon));
     const rule = training ? second : evaluationSecond;
     const asked = takeSecond({ kind: "sparse", experts: best.ids, weights }, input, { rule, threshold });
     const plan = mask ? maskPlan(asked, mask) : asked;
@@ -151,6 +154,7 @@ export function gshard(options: GShardOptions = {}): RouterPlugin {
       evaluationCapacityFactor: saved(evaluationCapacityFactor),
       order,
       minimumCapacity,
+      epsilon,
       balance,
       scaledBalance,
       zLoss,

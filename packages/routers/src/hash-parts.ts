@@ -1,6 +1,21 @@
 // Fixed tables that send token ids to experts, made on the host once: a 32-bit hash that is the same everywhere, and what
-// Hash Layers (2106.04426) and MaskMoE (2407.09816) build with it.
-import { ShapeError } from "@switchyard/core";
+// Hash Layers (2106.04426) and MaskMoE (2407.09816) build with it; and the ids that they look up in it.
+import { reshape, ShapeError, type Tensor, UnsupportedError } from "@switchyard/core";
+import type { RouterInput } from "@switchyard/core/moe";
+
+/** The token ids of an input, i32 `[tokens]`. Throws UnsupportedError where there are none, ShapeError for another number. */
+export function tokenIdsOf(router: string, { tokenIds, hidden }: RouterInput): Tensor {
+  if (tokenIds === undefined) {
+    throw new UnsupportedError(`${router}: the input has no token ids; hand them over as input.tokenIds, i32 [tokens]`);
+  }
+  const [tokens = 0] = hidden.shape;
+  if (tokenIds.size !== tokens) {
+    throw new ShapeError(
+      `${router}: token ids are [${tokenIds.shape.join(", ")}], expected one for each of ${tokens} tokens`,
+    );
+  }
+  return reshape(tokenIds, [tokens]);
+}
 
 /** Mixes a whole number of 32 bits into another (splitmix32 with the constants of murmur3), 0..2³² - 1. */
 export function mix32(x: number): number {

@@ -105,6 +105,9 @@ describe("hash", () => {
       const router = hash().init(routerContext(on));
       const { tokenIds: _, ...input } = routerInput(on, { hidden: tensor(on, [[1]]), buffers: router.buffers });
       expect(() => router.route({}, input)).toThrow("hand them over as input.tokenIds");
+      const ids = (n: number) => ({ ...input, tokenIds: on.tensor(new Int32Array(n), [1, n]) });
+      expect(() => router.route({}, ids(2))).toThrow("token ids are [1, 2], expected one for each of 1 tokens");
+      expect(sparse(router.route({}, ids(1))).experts.shape).toEqual([1, 1]);
       return undefined;
     });
   });

@@ -3,7 +3,7 @@
 //   random: the hash of the id; balanced: frequent ids first, each to the expert with the fewest occurrences so far (section 3.2)
 import { less, mul, reshape, ShapeError, takeRows, UnsupportedError, where } from "@switchyard/core";
 import { maskPlan, type Routed, type RouterContext, type RouterInput, type RouterPlugin } from "@switchyard/core/moe";
-import { balancedHash, randomHash } from "./hash-parts.ts";
+import { balancedHash, randomHash, tokenIdsOf } from "./hash-parts.ts";
 import { checkWord, leaf, maskOf, type RouterCard } from "./parts.ts";
 
 export interface HashOptions {
@@ -33,11 +33,8 @@ export function hash(options: HashOptions = {}): RouterPlugin {
   }
 
   const route = (_: unknown, input: RouterInput): Routed => {
-    const { tokenIds, buffers } = input;
-    if (tokenIds === undefined) {
-      throw new UnsupportedError("hash: the input has no token ids; hand them over as input.tokenIds, i32 [tokens]");
-    }
-    const own = leaf(buffers, "table");
+    const tokenIds = tokenIdsOf("hash", input);
+    const own = leaf(input.buffers, "table");
     const known = mul(less(-1, tokenIds), less(tokenIds, own.size)); // [tokens]
     const column = [tokenIds.size, 1];
     const experts = reshape(where(known, takeRows(own, tokenIds), -1), column);

@@ -113,6 +113,8 @@ describe("maskMoE", () => {
       const router = maskMoE().init(routerContext(on));
       const { tokenIds: __, ...input } = routerInput(on, { hidden: tensor(on, [[1]]), buffers: router.buffers });
       expect(() => router.route(router.params, input)).toThrow("hand them over as input.tokenIds");
+      const ids = { ...input, tokenIds: on.tensor(new Int32Array(2), [1, 2]) };
+      expect(() => router.route(router.params, ids)).toThrow("token ids are [1, 2], expected one for each of 1 tokens");
       return undefined;
     });
   });

@@ -30,7 +30,7 @@ import {
   type RouterPlugin,
   switchBalance,
 } from "@switchyard/core/moe";
-import { frequentTokens, visibleExperts } from "./hash-parts.ts";
+import { frequentTokens, tokenIdsOf, visibleExperts } from "./hash-parts.ts";
 import { checkK, checkNotNegative, leaf, maskOf, normalWeight, type RouterCard } from "./parts.ts";
 
 export interface MaskMoEOptions {
@@ -117,11 +117,8 @@ export function maskMoE(options: MaskMoEOptions = {}): RouterPlugin {
 }
 
 /** `[tokens, experts]`: 1 where the token may see the expert. */
-function seen({ tokenIds, buffers }: RouterInput): Tensor {
-  if (tokenIds === undefined) {
-    throw new UnsupportedError("maskMoE: the input has no token ids; hand them over as input.tokenIds, i32 [tokens]");
-  }
-  return takeRows(leaf(buffers, "visible"), tokenIds);
+function seen(input: RouterInput): Tensor {
+  return takeRows(leaf(input.buffers, "visible"), tokenIdsOf("maskMoE", input));
 }
 
 function tableOf(

@@ -57,6 +57,8 @@ export interface MoecOptions {
   readonly balance?: number;
   /** Weight of the router z-loss (2202.08906), which the paper does not have; default 0. */
   readonly zLoss?: number;
+  /** Added to C_inter before C_intra is divided by it, from 0; default 1e-12. */
+  readonly epsilon?: number;
 }
 
 export type ClusterLossForm = "ratio" | "difference";
@@ -78,8 +80,9 @@ export function moec(options: MoecOptions = {}): RouterPlugin {
     whole = false,
     balance = 0.01,
     zLoss = 0,
+    epsilon = 1e-12,
   } = options;
-  checkNotNegative("moec", { mu, dropout, balance, zLoss });
+  checkNotNegative("moec", { mu, dropout, balance, zLoss, epsilon });
   checkWord("moec", "clusterLoss", clusterLoss, ["ratio", "difference"]);
   if (!(dropout <= 1)) throw new ShapeError(`moec: dropout = ${dropout}; expected a share, from 0 to 1`);
   if (!Number.isInteger(clusters) || clusters < 1) {
@@ -104,7 +107,7 @@ export function moec(options: MoecOptions = {}): RouterPlugin {
     };
     if (training && mu !== 0 && clusters > 1) {
       const spread = clusterSpread(softmax(logits), { clusters, ...(mask ? { mask } : {}) });
-      losses.cluster = { value: clusterValue(spread, clusterLoss), weight: mu };
+      losses.cluster = { value: clusterValue(spread, clusterLoss, epsilon), weight: mu };
     }
     return { plan: mask ? maskPlan(plan, mask) : plan, logits, probabilities, losses };
   };
@@ -115,7 +118,7 @@ export function moec(options: MoecOptions = {}): RouterPlugin {
     needs: [],
     plans: ["sparse"],
     gives: ["scores", "logits", "probabilities", "choices"],
-    options: { k, clusters, clusterLoss, mu, dropout, whole, balance, zLoss },
+    options: { k, clusters, clusterLoss, mu, dropout, whole, balance, zLoss, epsilon },
     expertsPerToken: k,
     init(context) {
       const { experts } = context;
@@ -198,9 +201,9 @@ export function clusterSpread(
   return { intra: average(square(sub(grouped, centres))), inter: average(square(sub(centres, centre))) };
 }
 
-/** The cluster loss without its weight, []. */
-export const clusterValue = ({ intra, inter }: ClusterSpread, form: ClusterLossForm): Tensor =>
-  form === "ratio" ? div(intra, add(inter, 1e-12)) : sub(intra, inter);
+/** The cluster loss without its weight, []; `epsilon` keeps the ratio finite. */
+export const clusterValue = ({ intra, inter }: ClusterSpread, form: ClusterLossForm, epsilon = 1e-12): Tensor =>
+  form === "ratio" ? div(intra, add(inter, epsilon)) : sub(intra, inter);
 
 export const card: RouterCard = {
   name: "moec",

@@ -151,6 +151,8 @@ describe("rMoE", () => {
       const input = routerInput(on, { hidden: tensor(on, [[1, 2, 3, 4, 5, 6]]) });
       const handed = (state: Tensor) => () => router.route(router.params, { ...input, carry: { state } });
       expect(handed(tensor(on, [[1, 2]]))).toThrow("handed on a state of [1,2], expected [1, 3]");
+      const foreign = { ...input, carry: { other: tensor(on, [[1, 2, 3]]) } };
+      expect(() => router.route(router.params, foreign)).toThrow("handed on no state, expected [1, 3]");
       expect(() => router.route(leaf(router.params, "weight"), input)).toThrow('no tensor "projection"');
       expect(sparse(router.route(router.params, input)).experts.shape).toEqual([1, 2]);
       return undefined;

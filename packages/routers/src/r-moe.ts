@@ -141,10 +141,11 @@ function newCell(
 function earlier({ hidden, carry }: RouterInput, size: number): Tensor {
   const [tokens = 0] = hidden.shape;
   if (carry === undefined) return hostConstant(hidden, new Float64Array(tokens * size), [tokens, size]);
-  const state = leaf(carry, "state");
-  if (state.shape[0] !== tokens || state.shape[1] !== size) {
+  const state = isTensor(carry) ? undefined : Object.entries(carry).find(([key]) => key === "state")?.[1];
+  if (!state || !isTensor(state) || state.shape[0] !== tokens || state.shape[1] !== size) {
+    const found = state && isTensor(state) ? `a state of [${state.shape}]` : "no state";
     throw new ShapeError(
-      `rMoE: the layer before handed on a state of [${state.shape}], expected [${tokens}, ${size}]; every layer of the ` +
+      `rMoE: the layer before handed on ${found}, expected [${tokens}, ${size}]; every layer of the ` +
         "model must use the same router on the same tokens",
     );
   }

@@ -43,6 +43,8 @@ export interface SinkhornOptions {
   readonly iterations?: number;
   /** Iterations stop to count when the mean |change of d1| is at most this; default 1e-4. 0: all count. */
   readonly tolerance?: number;
+  /** Added to the sums that masses are divided by, above 0; default 1e-8. */
+  readonly epsilon?: number;
   /** Weight of the router z-loss (2202.08906); default 0. */
   readonly zLoss?: number;
 }
@@ -55,16 +57,17 @@ export interface SinkhornOptions {
  * @example sinkhorn({ k: 1 })
  */
 export function sinkhorn(options: SinkhornOptions): RouterPlugin {
-  const { k, iterations = 10, tolerance = 1e-4, zLoss = 0 } = options;
+  const { k, iterations = 10, tolerance = 1e-4, epsilon = 1e-8, zLoss = 0 } = options;
   checkNotNegative("sinkhorn", { tolerance, zLoss });
   checkIterations(iterations);
+  checkEpsilon(epsilon);
 
   const score = (params: Tree, { hidden }: RouterInput): Tensor => linear(hidden, leaf(params, "weight"));
   const select = (logits: Tensor, input: RouterInput): Routed => {
     const { mask } = maskOf(input);
     const probabilities = softmax(logits); // [tokens, experts]
     const balanced = input.training
-      ? sinkhornPlan(logits, { iterations, tolerance, ...(mask ? { mask } : {}) })
+      ? sinkhornPlan(logits, { iterations, tolerance, epsilon, ...(mask ? { mask } : {}) })
       : undefined;
     const ids = topkIndices(balanced ? balanced.plan : logits, k); // [tokens, k]
     const weights = gatherLast(k === 1 ? sigmoid(logits) : probabilities, ids);
@@ -84,7 +87,7 @@ export function sinkhorn(options: SinkhornOptions): RouterPlugin {
     needs: [],
     plans: ["sparse"],
     gives: ["scores", "logits", "probabilities"],
-    options: { k, iterations, tolerance, zLoss },
+    options: { k, iterations, tolerance, epsilon, zLoss },
     expertsPerToken: k,
     init(context) {
       checkK("sinkhorn", k, context.experts);
@@ -102,6 +105,7 @@ export function sinkhorn(options: SinkhornOptions): RouterPlugin {
 export interface SinkhornPlanOptions {
   readonly iterations?: number;
   readonly tolerance?: number;
+  readonly epsilon?: number;
   /** `[tokens]`, 1 = real token; the others get rows of zeros and no mass. */
   readonly mask?: Tensor;
 }
@@ -109,23 +113,24 @@ export interface SinkhornPlanOptions {
 /**
  * The balanced plan of `logits [tokens, experts]`: `plan` of that shape, rows of about 1 / tokens and columns of about
  * 1 / experts, without gradient, and `iterations` [], how many counted. Throws ShapeError unless `iterations` is a whole
- * number from 1.
+ * number from 1 and `epsilon` above 0.
  */
 export function sinkhornPlan(
   logits: Tensor,
-  { iterations = 10, tolerance = 1e-4, mask }: SinkhornPlanOptions = {},
+  { iterations = 10, tolerance = 1e-4, epsilon = 1e-8, mask }: SinkhornPlanOptions = {},
 ): { readonly plan: Tensor; readonly iterations: Tensor } {
   checkIterations(iterations);
+  checkEpsilon(epsilon);
   const [tokens = 0, experts = 1] = logits.shape;
   const fixed = stopGradient(logits);
   const present = mask && reshape(mask, [tokens, 1]);
-  // Rows divided by their largest entry, and the 1e-8 of each row with them: the same plan, and nothing overflows. Of a
-  // row below e^-60 everywhere the 1e-8 stays behind, so that it still tells its experts apart.
+  // Rows divided by their largest entry, and the epsilon of each row with them: the same plan, and nothing overflows. Of a
+  // row below e^-60 everywhere the epsilon stays behind, so that it still tells its experts apart.
   const best = maxLast(fixed); // [tokens, 1]
   const scaled = exp(sub(fixed, best)); // [tokens, experts]
   const a = present ? where(present, scaled, 0) : scaled;
   const share = mul(exp(minimum(neg(best), 60)), epsilon); // [tokens, 1]
-  // A row of zeros without its 1e-8 would divide by 0.
+  // A row of zeros without its epsilon would divide by 0.
   const floor = present ? where(present, share, 1) : share;
   const real = mask ? maximum(sum(mask), 1) : full(logits, [], Math.max(tokens, 1));
 
@@ -145,7 +150,9 @@ export function sinkhornPlan(
   return { plan: mul(mul(a, d0), transpose(d1, [1, 0])), iterations: counted };
 }
 
-const epsilon = 1e-8;
+function checkEpsilon(epsilon: number): void {
+  if (!(epsilon > 0)) throw new ShapeError(`sinkhorn: epsilon = ${epsilon}; expected a number above 0, such as 1e-8`);
+}
 
 function checkIterations(iterations: number): void {
   if (!Number.isInteger(iterations) || iterations < 1) {

@@ -42,6 +42,8 @@ export interface SmearOptions {
   readonly epsilon?: number;
   /** Half the width of the noise that multiplies x¯ in training; default 0. */
   readonly jitter?: number;
+  /** Added to the variances of both layer normalisations, above 0; default 1e-5. */
+  readonly normEpsilon?: number;
   /** Samples in one call at most, where the layout names the sample of each token; without names a row is a sample. */
   readonly samples?: number;
   /**
@@ -50,9 +52,6 @@ export interface SmearOptions {
    */
   readonly decoding?: boolean;
 }
-
-/** Of both layer normalisations. */
-const eps = 1e-5;
 
 /**
  * One mixture of all experts per sample; experts must offer `mixed`, as `glu` and `ffn` do. Params: `weight [experts,
@@ -68,10 +67,12 @@ const eps = 1e-5;
  */
 export function smear(options: SmearOptions = {}): RouterPlugin {
   const { normaliseWeights = true, expertDropout = 0, epsilon = 0, jitter = 0, samples, decoding = false } = options;
+  const { normEpsilon = 1e-5 } = options;
   checkNotNegative("smear", { expertDropout, epsilon, jitter });
   for (const [name, value] of Object.entries({ expertDropout, epsilon })) {
     if (value > 1) throw new ShapeError(`smear: ${name} = ${value}; expected a probability, from 0 to 1`);
   }
+  if (!(normEpsilon > 0)) throw new ShapeError(`smear: normEpsilon = ${normEpsilon}; expected a number above 0`);
   if (samples !== undefined && !(Number.isInteger(samples) && samples >= 1)) {
     throw new ShapeError(`smear: samples = ${samples}; expected a whole number from 1`);
   }
@@ -84,7 +85,7 @@ export function smear(options: SmearOptions = {}): RouterPlugin {
       training && jitter > 0
         ? mul(means, affine(draws("jitter", means.shape), { scale: 2 * jitter, shift: 1 - jitter }))
         : means;
-    let p = smearProbabilities(params, noisy, { normaliseWeights });
+    let p = smearProbabilities(params, noisy, { normaliseWeights, normEpsilon });
     const [, experts = 0] = p.shape;
     if (training && epsilon > 0) p = where(less(draws("explore", [count, 1]), epsilon), 1 / Math.max(experts, 1), p);
     if (training && expertDropout > 0) {
@@ -103,7 +104,7 @@ export function smear(options: SmearOptions = {}): RouterPlugin {
     needs: ["mixedExperts"],
     plans: ["merge"],
     gives: ["probabilities"],
-    options: { normaliseWeights, expertDropout, epsilon, jitter, samples: samples ?? null, decoding },
+    options: { normaliseWeights, expertDropout, epsilon, jitter, normEpsilon, samples: samples ?? null, decoding },
     expertsPerToken: 1,
     init(context) {
       return {
@@ -159,7 +160,7 @@ function smearParams(context: RouterContext, normaliseWeights: boolean): Tree {
 export function smearProbabilities(
   params: Tree,
   means: Tensor,
-  { normaliseWeights = true }: { readonly normaliseWeights?: boolean } = {},
+  { normaliseWeights = true, normEpsilon: eps = 1e-5 }: Pick<SmearOptions, "normaliseWeights" | "normEpsilon"> = {},
 ): Tensor {
   const weight = leaf(params, "weight");
   const gain = normaliseWeights ? leaf(params, "gain") : undefined;

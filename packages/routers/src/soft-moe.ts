@@ -32,6 +32,8 @@ export interface SoftMoEOptions {
   readonly normalise?: boolean;
   /** Scale of the normalised Φ at the start; default 1. */
   readonly scale?: number;
+  /** Added to the sums of squares that rows are normalised by, from 0; default 1e-6. */
+  readonly epsilon?: number;
   /**
    * Mixes single new tokens with each other when decoding with a cache, which is not how it was trained; default false.
    */
@@ -49,6 +51,7 @@ export function softMoE({
   slots = 1,
   normalise = true,
   scale = 1,
+  epsilon = 1e-6,
   decoding = false,
 }: SoftMoEOptions = {}): RouterPlugin {
   if (!Number.isInteger(slots) || slots < 1) {
@@ -58,12 +61,14 @@ export function softMoE({
     throw new ShapeError(`softMoE: scale = ${scale}; expected a finite number other than 0`);
   }
 
+  if (!(epsilon >= 0)) throw new ShapeError(`softMoE: epsilon = ${epsilon}; expected a number from 0`);
+
   const score = (params: Tree, { hidden }: RouterInput): Tensor => {
     const phi = leaf(params, "phi"); // [experts, slots, width]
     const [experts = 0, , width = 0] = phi.shape;
     const columns = reshape(phi, [experts * slots, width]);
     if (!normalise) return linear(hidden, columns); // [tokens, experts * slots]
-    return linear(normalised(hidden), mul(normalised(columns), leaf(params, "scale")));
+    return linear(normalised(hidden, epsilon), mul(normalised(columns, epsilon), leaf(params, "scale")));
   };
   const select = (logits: Tensor, input: RouterInput): Routed => {
     const { batch, sequence, past, samples } = input.layout;
@@ -99,7 +104,7 @@ export function softMoE({
     needs: [],
     plans: ["slots"],
     gives: ["scores", "probabilities"],
-    options: { slots, normalise, scale, decoding },
+    options: { slots, normalise, scale, epsilon, decoding },
     init(context) {
       const { engine, experts, width } = context;
       const phi = normalTensor(context, "phi", [experts, slots, width], Math.sqrt(1 / width));
@@ -114,8 +119,8 @@ export function softMoE({
   };
 }
 
-/** Rows divided by sqrt(sum of squares + 1e-6). */
-const normalised = (x: Tensor): Tensor => div(x, sqrt(add(sumLast(square(x)), 1e-6)));
+/** Rows divided by sqrt(sum of squares + epsilon). */
+const normalised = (x: Tensor, epsilon: number): Tensor => div(x, sqrt(add(sumLast(square(x)), epsilon)));
 
 export const card: RouterCard = {
   name: "softMoE",

@@ -3,8 +3,15 @@
 //   y = p_i E_i(x), i = argmax p      eq. 2
 //   capacity = ceil(factor tokens / experts)   eq. 3; first come, first served in token order, the rest passes by
 //   loss = alpha E Σ f_i P_i          eqs. 4-6; f counts before dropping
-import { affine, linear, mul, ShapeError, softmaxTopk, type Tensor, type Tree } from "@switchyard/core";
-import { applyCapacity, maskPlan, type Routed, type RouterInput, type RouterPlugin } from "@switchyard/core/moe";
+import { affine, linear, logSoftmax, mul, ShapeError, softmaxTopk, type Tensor, type Tree } from "@switchyard/core";
+import {
+  applyCapacity,
+  maskPlan,
+  overridePlan,
+  type Routed,
+  type RouterInput,
+  type RouterPlugin,
+} from "@switchyard/core/moe";
 import { checkNotNegative, leaf, maskOf, type RouterCard, truncatedWeight, usualLosses } from "./parts.ts";
 
 export interface SwitchOptions {
@@ -48,7 +55,13 @@ export function switchRouter(options: SwitchOptions = {}): RouterPlugin {
   const select = (logits: Tensor, input: RouterInput): Routed => {
     const { mask } = maskOf(input);
     const { weights, ids, probabilities } = softmaxTopk(logits, { k: 1, order: "softmax-topk" }); // [tokens, 1]
-    const asked = { kind: "sparse", experts: ids, weights } as const;
+    const own = { kind: "sparse", experts: ids, weights } as const;
+    const asked = overridePlan(own, input, () => ({
+      order: logits,
+      logWeights: logSoftmax(logits),
+      normalised: false,
+      k: 1,
+    }));
     const plan = mask ? maskPlan(asked, mask) : asked;
     const factor = input.training ? capacityFactor : evaluationCapacityFactor;
     const decided = {
@@ -81,6 +94,7 @@ export function switchRouter(options: SwitchOptions = {}): RouterPlugin {
     init: (context) => ({
       params: { weight: truncatedWeight(context, 0.1) },
       buffers: {},
+      overrides: true,
       score,
       select,
       route: (params, input) => select(score(params, input), input),

@@ -12,9 +12,12 @@ import {
   gatherLast,
   less,
   linear,
+  logSoftmax,
+  neg,
   ShapeError,
   softmax,
   softmaxTopk,
+  softplus,
   sumLast,
   type Tensor,
   type Tree,
@@ -23,6 +26,8 @@ import {
 } from "@switchyard/core";
 import {
   maskPlan,
+  overridePlan,
+  type Ranking,
   type Routed,
   type RouterContext,
   type RouterInput,
@@ -90,7 +95,8 @@ export function topK(options: TopKOptions): RouterPlugin {
   const select = (logits: Tensor, input: RouterInput): Routed => {
     const { mask } = maskOf(input);
     const chosen = choose(logits, k, order); // ids and weights [tokens, k]
-    const plan = topP === undefined ? chosen.plan : shortestPrefix(chosen.plan, logits, { topP, order });
+    const own = topP === undefined ? chosen.plan : shortestPrefix(chosen.plan, logits, { topP, order });
+    const plan = overridePlan(own, input, () => ranking(logits, order, topP === undefined ? k : undefined));
     const { probabilities } = chosen;
     const { experts } = plan;
     return {
@@ -118,12 +124,19 @@ export function topK(options: TopKOptions): RouterPlugin {
       return {
         params: bias ? { weight, bias: engine.tensor(new Float32Array(experts), [experts]) } : { weight },
         buffers: {},
+        overrides: true,
         score,
         select,
         route: (params, input) => select(score(params, input), input),
       };
     },
   };
+}
+
+/** How an order ranks and weighs experts, for routing overrides; without k where topP makes that vary. */
+function ranking(logits: Tensor, order: TopKOrder, k: number | undefined): Ranking {
+  const logWeights = order === "sigmoid" ? neg(softplus(neg(logits))) : logSoftmax(logits); // [tokens, experts]
+  return { order: logits, logWeights, normalised: order !== "softmax-topk", ...(k === undefined ? {} : { k }) };
 }
 
 function choose(

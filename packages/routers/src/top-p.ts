@@ -7,6 +7,7 @@ import {
   div,
   less,
   linear,
+  logSoftmax,
   ShapeError,
   softmaxTopk,
   sumLast,
@@ -17,6 +18,7 @@ import {
 import {
   type Loss,
   maskPlan,
+  overridePlan,
   type Routed,
   type RouterInput,
   type RouterPlugin,
@@ -62,7 +64,12 @@ export function topP(options: TopPOptions = {}): RouterPlugin {
     const kept = less(cumsum(sorted, { axis: 1, exclusive: true }), p);
     const raw = where(kept, sorted, 0);
     const experts = where(kept, ids, -1);
-    const plan = { kind: "sparse", experts, weights: renormalise ? div(raw, sumLast(raw)) : raw } as const;
+    const own = { kind: "sparse", experts, weights: renormalise ? div(raw, sumLast(raw)) : raw } as const;
+    const plan = overridePlan(own, input, () => ({
+      order: logits,
+      logWeights: logSoftmax(logits),
+      normalised: renormalise,
+    }));
     const usual = usualLosses(input, { logits, probabilities, experts, balance, zLoss });
     const undecided = (): Loss => ({ value: tokenEntropy(probabilities, mask), weight: entropy });
     return {
@@ -85,6 +92,7 @@ export function topP(options: TopPOptions = {}): RouterPlugin {
       return {
         params: { weight: normalWeight(context) },
         buffers: {},
+        overrides: true,
         score,
         select,
         route: (params, input) => select(score(params, input), input),

@@ -36,6 +36,28 @@ export function given<V>(of: Readonly<Record<string, V>>, name: string): V {
 }
 export const number = (one: VectorCase, name: string): number => Number(given(one.config, name));
 export const word = (one: VectorCase, name: string): string => String(given(one.config, name));
+/** A number of the config; where it is absent, the value that the algorithm takes by default. */
+export const numberOr = (one: VectorCase, name: string, otherwise: number): number =>
+  Number(one.config[name] ?? otherwise);
+/** Throws unless the config leaves `name` out or has one of these values: nothing else is computed in silence. */
+export function only(one: VectorCase, name: string, values: readonly (number | string)[]): void {
+  const value = one.config[name];
+  // Truth values are numbers here.
+  if (value === undefined || values.some((known) => known === value || known === Number(value))) return;
+  throw new Error(`the case has ${name} = ${JSON.stringify(value)}; known are ${values.join(", ")}`);
+}
+/** Throws unless the config leaves the size `name` out or agrees with what the inputs have. */
+export function sized(one: VectorCase, name: string, found: number): void {
+  const value = one.config[name];
+  if (value !== undefined && Number(value) !== found)
+    throw new Error(`the case has ${name} = ${value}, but its inputs have ${found}`);
+}
+/** The number of experts of a case whose inputs do not tell: from its config, else from its id ("hash_V12_E4"). */
+export function expertsOf(one: VectorCase): number {
+  const experts = Number(one.config.experts ?? one.config.E ?? /(?:^|_)E(\d+)(?:_|$)/.exec(one.id)?.[1]);
+  if (Number.isInteger(experts) && experts > 0) return experts;
+  throw new Error(`case "${one.id}" does not tell its experts; put "experts" into its config, or E4 into its id`);
+}
 export const tensor = (on: Engine, values: Values): Tensor =>
   on.tensor(Float64Array.from(flat(values)), shapeOf(values));
 
@@ -115,10 +137,10 @@ export function sparse({ plan }: Routed): { readonly experts: Tensor; readonly w
   return plan;
 }
 
-/** What float32 is allowed: 1e-5 of the largest magnitude in the array. */
+/** What float32 is allowed: 1e-5 of the largest magnitude in the array, and near 0 the 1e-9 that float64 has too. */
 export function float32Tolerance(expected: Values): Vectors["tolerance"] {
   const largest = flat(expected).reduce((top, x) => (Number.isFinite(x) ? Math.max(top, Math.abs(x)) : top), 0);
-  return { abs: 1e-5 * largest, rel: 0 };
+  return { abs: 1e-9 + 1e-5 * largest, rel: 0 };
 }
 
 /** Differences between what was found and what is expected, as lines; empty when they meet. */
@@ -170,10 +192,12 @@ export function parseVectors(text: string, name: string): Vectors {
     ["NaN", Number.NaN],
   ]);
   const file: Vectors | KindVectors = JSON.parse(text, (_, value) =>
-    typeof value === "string" ? (infinite.get(value) ?? value) : value,
+    typeof value === "string" ? (infinite.get(value) ?? value) : typeof value === "boolean" ? Number(value) : value,
   );
   if (!("paper" in file)) {
-    return { ...file, cases: file.cases.map((one) => ({ ...one, expected: flattened(one.expected) })) };
+    // What a case leaves out is missed by name where a family asks for it.
+    const empty = { config: {}, inputs: {} };
+    return { ...file, cases: file.cases.map((one) => ({ ...empty, ...one, expected: flattened(one.expected) })) };
   }
   return {
     family: name,
@@ -205,13 +229,17 @@ function flattened(expected: Readonly<Record<string, unknown>>): Readonly<Record
   return Object.fromEntries(pairs);
 }
 
+/** A list of numbers, its truth values as 0 and 1. */
+const counted = (list: readonly unknown[]): readonly Values[] =>
+  list.map((x) => (Array.isArray(x) ? counted(x) : typeof x === "boolean" ? Number(x) : (x as Values)));
+
 /** The words, numbers and lists of numbers in a record, with the way to each; truth values are numbers, null is nothing. */
 function named(value: unknown, path: readonly string[] = []): [readonly string[], Values | string][] {
   if (value === null || value === undefined) return [];
   if (typeof value === "boolean") return [[path, Number(value)]];
   if (typeof value === "number" || typeof value === "string") return [[path, value]];
   const records = Array.isArray(value) && value.some((x) => typeof x === "object" && x !== null && !Array.isArray(x));
-  if (Array.isArray(value) && !records) return [[path, value as readonly Values[]]];
+  if (Array.isArray(value) && !records) return [[path, counted(value)]];
   return Object.entries(value).flatMap(([key, x]) => named(x, [...path, key]));
 }
 

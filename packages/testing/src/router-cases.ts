@@ -99,6 +99,7 @@ export function routerCases(suite: RouterSuite): readonly RouterCase[] {
   return [
     ...formCases(kit),
     ...giftCases(kit),
+    overrideCase(kit),
     ...determinismCases(kit),
     ...symmetryCases(kit),
     ...sampleCases(kit),
@@ -157,6 +158,45 @@ function makeKit(suite: RouterSuite): Kit {
       checkForm(answer, { experts, tokens: rows, plans }),
   };
   return kit;
+}
+
+// ---------------------------------------------------------------- overrides
+/** The last row asks for its second expert without expert 0; rows without an override keep all they had. */
+function overrideCase({ sizes, sample, make, input, hidden, check }: Kit): RouterCase {
+  const { batch, sequence } = sizes;
+  const body = async (subject: Subject): Promise<void> => {
+    const { engine, router, experts } = subject;
+    const decide = (override: RouterInput["override"]): Promise<Answer> =>
+      read(
+        engine.scope(() => {
+          const given = input(subject, { hidden: hidden("overrides") });
+          return answerOf(router.route(router.params, { ...given, ...(override ? { override } : {}) }));
+        }),
+      );
+    const others = new Array<undefined>(batch - 1).fill(undefined);
+    const [own, mixed] = [await decide(undefined), await decide([...others, { ranks: [1], masked: [0] }])];
+    check(subject, mixed);
+    const ids = (answer: Answer): number[][] => {
+      const { shape, data } = array(answer, "plan sparse experts");
+      const slots = shape[1] ?? 0;
+      return Array.from({ length: batch * sequence }, (_, t) => [...data.subarray(t * slots, (t + 1) * slots)]);
+    };
+    const chosen = (row: readonly number[]): number[] => row.filter((id) => id >= 0);
+    const [before, after] = [ids(own).map(chosen), ids(mixed).map(chosen)];
+    const weights = [weightRows(own), weightRows(mixed)] as const;
+    // A capacity makes rows compete, so that what one asks for is another's loss.
+    const capped = mixed.has("metric dropped");
+    for (const [t, row] of after.entries()) {
+      if (t >= (batch - 1) * sequence) {
+        if (row.length > 1 || (row.length === 0 && !capped) || row.includes(0))
+          throw new Error(`token ${t} asked for rank 1 without expert 0, and got [${row.join(", ")}] of ${experts}`);
+      } else if (!capped && (row.join() !== before[t]?.join() || weights[0][t]?.join() !== weights[1][t]?.join())) {
+        throw new Error(`token ${t} has no override, and its experts changed from [${before[t]}] to [${row}]`);
+      }
+    }
+  };
+  const reason = sample.router.overrides ? undefined : "it takes no routing overrides (Router.overrides)";
+  return make("routing overrides are obeyed, row by row", body, { reason });
 }
 
 // ---------------------------------------------------------------- form

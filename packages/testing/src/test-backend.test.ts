@@ -148,6 +148,12 @@ describe("the backend suite can fail", () => {
       (w) => (w.format === "int8" ? w : codes(w, (x) => (x >> 4) | (x << 4))),
     ],
     ["int8 codes without a sign", /int8/, (w) => (w.format === "int8" ? codes(w, (x) => Math.min(x, 127)) : w)],
+    ["blocks of one line", /fp8 by 32x32/, (w) => ({ ...w, rows: 1 })],
+    [
+      "subnormals of fp8 flushed",
+      /fp8/,
+      (w) => (w.format === "fp8" ? codes(w, (x) => ((x & 0x78) === 0 ? x & 0x80 : x)) : w),
+    ],
     ["zeros forgotten", /with zeros/, ({ zeros: _, ...w }) => w],
     [
       "every second scale forgotten",

@@ -15,6 +15,7 @@ import {
 import {
   applyCapacity,
   maskPlan,
+  overridePlan,
   type Routed,
   type Router,
   type RouterContext,
@@ -248,6 +249,27 @@ describe("the router suite can fail", () => {
       /training: all tokens of a sample go to the same experts: token \d of row 0 and the first one of it meet other experts/,
     );
   });
+  it("overrides that are declared and ignored, or applied to every row", async () => {
+    const declared = (change?: Faults["change"]): Promise<string> =>
+      failures({ router: (router) => ({ ...router, overrides: true }), ...(change ? { change } : {}) });
+    expect(await declared()).toMatch(
+      /routing overrides are obeyed, row by row: token 7 asked for rank 1 without expert 0, and got \[\d, \d\] of 5/,
+    );
+    const obey = (routed: Routed, input: RouterInput): Routed => {
+      const logits = routed.logits as Tensor;
+      const own = { kind: "sparse", ...sparse(routed) } as const;
+      return {
+        ...routed,
+        plan: overridePlan(own, input, () => ({ order: logits, logWeights: logits, normalised: true })),
+      };
+    };
+    const toAll = (input: RouterInput): RouterInput =>
+      input.override ? { ...input, override: input.override.map(() => input.override?.at(-1)) } : input;
+    expect(await declared((routed, input) => obey(routed, toAll(input)))).toMatch(
+      /token 0 has no override, and its experts changed from \[\d,\d\] to \[\d\]/,
+    );
+    expect(await declared(obey)).toBe("");
+  });
   it("halves that are not the whole", async () => {
     const broken: Faults = {
       router: (router, context) => {
@@ -359,7 +381,8 @@ describe("the router suite can fail", () => {
       );
       return add(x, x.engine.root.tensor(bonus, [tokens, experts]));
     };
-    expect(await failures({ logits: placed })).toMatch(/a padded sequence equals .*padding at the left/);
+    // With padding at the right every token keeps its place.
+    expect(await failures({ logits: placed })).toMatch(/a padded sequence equals the sequence alone/);
   });
   it("a layer that adds up something else", async () => {
     const rescaled: Faults = {

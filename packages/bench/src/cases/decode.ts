@@ -14,7 +14,7 @@ import type { Benchmark } from "../harness.ts";
 import { noise } from "./data.ts";
 import { type LayerCase, layerData, layerFlops, layers } from "./moe-layer.ts";
 
-export const weightFormats = ["f32", "f16", "bf16", "int8", "int4", "mxfp4"] as const;
+export const weightFormats = ["f32", "f16", "bf16", "int8", "int4", "mxfp4", "fp8"] as const;
 export type WeightFormat = (typeof weightFormats)[number];
 
 export interface DecodeCase {
@@ -23,10 +23,11 @@ export interface DecodeCase {
   readonly outer: number;
 }
 
-/** Neighbours that share a scale. */
+/** Neighbours that share a scale; of fp8 as many lines do, too. */
 const groupOf = (format: QuantizedFormat): number => (format === "mxfp4" ? 32 : 128);
 const isQuantized = (weights: WeightFormat): weights is QuantizedFormat =>
-  weights === "int8" || weights === "int4" || weights === "mxfp4";
+  weights === "int8" || weights === "int4" || weights === "mxfp4" || weights === "fp8";
+const inBytes = (format: QuantizedFormat): boolean => format === "int8" || format === "fp8";
 
 /** Bits of one weight, its share of the scale included. */
 export const bitsPerWeight: Readonly<Record<WeightFormat, number>> = {
@@ -36,6 +37,7 @@ export const bitsPerWeight: Readonly<Record<WeightFormat, number>> = {
   int8: 8 + 32 / groupOf("int8"),
   int4: 4 + 32 / groupOf("int4"),
   mxfp4: 4 + 8 / groupOf("mxfp4"),
+  fp8: 8 + 32 / groupOf("fp8") ** 2,
 };
 
 /** The case with about that many bytes of weights; `inner` is a multiple of 128. */
@@ -80,8 +82,14 @@ export function decodeData({ weights, inner, outer }: DecodeCase): DecodeData {
     for (let i = 0; i < n; i++) stored[i] = ((stored[i] as number) & kept) | exponent;
     return { x, stored };
   }
-  const stored = bytes(weights === "int8" ? n : n / 2, 2);
+  const stored = bytes(inBytes(weights) ? n : n / 2, 2);
   const groups = n / groupOf(weights);
+  if (weights === "fp8") {
+    // Finite ones: the last exponent, 15, loses a bit.
+    for (const [i, code] of stored.entries()) if ((code & 0x78) === 0x78) stored[i] = code ^ 0x40;
+    const blocks = Math.ceil(outer / groupOf("fp8")) * (inner / groupOf("fp8"));
+    return { x, stored, scales: noise(blocks, 3, 0.002).map((scale) => scale + 0.003) };
+  }
   if (weights !== "mxfp4") {
     const largest = weights === "int8" ? 128 : 8;
     return { x, stored, scales: noise(groups, 3, 0.4 / largest).map((scale) => scale + 0.6 / largest) };
@@ -89,15 +97,24 @@ export function decodeData({ weights, inner, outer }: DecodeCase): DecodeData {
   return { x, stored, scales: bytes(groups, 3).map((byte) => 122 + (byte & 3)) };
 }
 
+const e4m3 = (code: number): number => {
+  const [exponent, fraction] = [(code >> 3) & 15, (code & 7) / 8];
+  return (code & 128 ? -1 : 1) * (exponent === 0 ? fraction * 2 ** -6 : (1 + fraction) * 2 ** (exponent - 7));
+};
 const e2m1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6];
 
 /** Weight i of `decodeData`, as a number. */
-function weightAt({ weights }: DecodeCase, { stored, scales }: DecodeData, i: number): number {
+function weightAt({ weights, inner }: DecodeCase, { stored, scales }: DecodeData, i: number): number {
   if (weights === "f32") return stored[i] as number;
   if (!isQuantized(weights)) {
     const bits = stored[i] as number;
     const [fraction, exponent, bias] = weights === "f16" ? [10, (bits >> 10) & 31, 15] : [7, (bits >> 7) & 255, 127];
     return (bits & 0x8000 ? -1 : 1) * 2 ** (exponent - bias) * (1 + (bits & (2 ** fraction - 1)) / 2 ** fraction);
+  }
+  if (weights === "fp8") {
+    const [line, block] = [Math.floor(i / inner), groupOf("fp8")];
+    const at = Math.floor(line / block) * (inner / block) + Math.floor((i % inner) / block);
+    return e4m3(stored[i] as number) * (scales?.[at] as number);
   }
   const scale = scales?.[Math.floor(i / groupOf(weights))] as number;
   if (weights === "int8") return (((stored[i] as number) << 24) >> 24) * scale;
@@ -124,9 +141,10 @@ export const decodeProduct: Benchmark<DecodeCase> = {
     let held: Tensor[];
     if (isQuantized(weights)) {
       const group = groupOf(weights);
-      const codes = engine.tensor(data.stored, [outer, weights === "int8" ? inner : inner / 2]);
-      const scales = engine.tensor(data.scales ?? new Float32Array(0), [outer, inner / group]);
-      const w: QuantizedWeights = { codes, scales, format: weights, group };
+      const rows = weights === "fp8" ? group : 1;
+      const codes = engine.tensor(data.stored, [outer, inBytes(weights) ? inner : inner / 2]);
+      const scales = engine.tensor(data.scales ?? new Float32Array(0), [Math.ceil(outer / rows), inner / group]);
+      const w: QuantizedWeights = { codes, scales, format: weights, group, ...(rows > 1 ? { rows } : {}) };
       held = [codes, scales];
       product = () => quantizedLinear(x, w);
     } else {
@@ -137,7 +155,7 @@ export const decodeProduct: Benchmark<DecodeCase> = {
     return {
       run: product, // [1, outer]
       flops: 2 * inner * outer,
-      bytes: (bitsPerWeight[weights] * inner * outer) / 8,
+      bytes: data.stored.byteLength + (data.scales?.byteLength ?? 0),
       dispose() {
         for (const tensor of [x, ...held]) tensor.dispose();
       },

@@ -58,6 +58,11 @@ describe("heterogeneous", () => {
   test("sets of different output widths, a set without parameters, no set at all are refused", () => {
     const e = float64();
     const from = { engine: e, random: random(e, 1) };
+    for (const name of ["shared", "a.b", ""])
+      expect(() => heterogeneous({ [name]: adapter({ count: 1, width, ...from }) })).toThrow(
+        `a set is called "${name}"`,
+      );
+
     const set = heterogeneous({
       narrow: lora({ count: 1, width, out: 2, rank: 1, ...from }),
       wide: lora({ count: 1, width, rank: 1, ...from }),

@@ -13,13 +13,17 @@ import { show, type Tensor } from "../tensor.ts";
  * one width. Params, losses and observed parameters stand under the names of the sets ("lora.a"). Each set is run on its
  * own blocks only, moved to the front on the device, in as many rows as all of them have. With a set that looks at
  * neighbours (a convolution) the whole does so too. There is no `mixed`: parameters of different kinds cannot be averaged.
- * Throws ShapeError when there is no set, and in `apply` when the widths differ.
+ * Throws ShapeError when there is no set or one called "shared" or with a dot, and in `apply` when the widths differ.
  *
  * @example heterogeneous({ lora: lora({ count: 2, width, rank: 8, ...from }), adapter: adapter({ count: 1, width, ...from }) })
  */
 export function heterogeneous(sets: Readonly<Record<string, Experts>>): Experts {
   const parts = Object.entries(sets);
   if (parts.length === 0) throw new ShapeError("heterogeneous: there is no set of experts; expected at least one");
+  // Paths such as "lora.a" and "lora.shared.a" must stay what they say.
+  const odd = parts.find(([name]) => name === "shared" || name === "" || name.includes("."));
+  if (odd)
+    throw new ShapeError(`heterogeneous: a set is called "${odd[0]}"; expected a name without dots, not "shared"`);
   const starts = parts.map((_, i) => parts.slice(0, i).reduce((total, [, { count }]) => total + count, 0));
   const count = parts.reduce((total, [, one]) => total + one.count, 0);
   const spatial = parts.some(([, one]) => one.spatial ?? false);

@@ -42,7 +42,8 @@ export type LowDimensionalOptions = {
  * `decoder [width, low]` under `shared`, or `[count, ...]` each; `up [count, hidden, low]`, `down [count, low or out,
  * hidden]`, biases. There is no decoder where `out` is given and `reconstruction` is 0. `apply` gives the loss
  * `reconstruction`, the mean over its filled rows of the squared error summed over the width; a token with k experts
- * counts k times. Throws ShapeError for impossible sizes and for given parameters of other shapes.
+ * counts k times. It is computed in evaluation too: the same experts made with `reconstruction: 0` leave it out.
+ * Throws ShapeError for impossible sizes and for given parameters of other shapes.
  */
 export function lowDimensional(options: LowDimensionalOptions): Experts {
   const { count, width, low, hidden, out, encoder = "shared", bias = true, reconstruction = 0.1 } = options;

@@ -592,8 +592,15 @@ describe("refusals", () => {
   test("a routing override, but only on its layers", () => {
     const layer: MoELayer = { router: fixedRouter(() => ({ plan })), experts };
     const call = (layers: number[]) =>
-      moe(layer, layerParams(layer), { ...routerInput(x.tokens), override: [{ k: 1, layers }] });
-    expect(() => call([0])).toThrow(/layer 0 got a routing override/);
+      moe(layer, layerParams(layer), {
+        ...routerInput(x.tokens),
+        training: false,
+        layers: 2,
+        override: [{ k: 1, layers }],
+      });
+    expect(() => call([0])).toThrow(
+      /layer 0 got a routing override, and its router does not choose experts by scores alone/,
+    );
     expect(call([1]).output.shape).toEqual([3, width]);
   });
 

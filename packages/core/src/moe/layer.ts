@@ -19,6 +19,7 @@ import {
   tokenMask,
 } from "./dispatch.ts";
 import { routingMetrics } from "./metrics.ts";
+import { overridesOf } from "./override.ts";
 import { checkPlan, child, everyId } from "./parts.ts";
 import type {
   Dispatch,
@@ -144,7 +145,10 @@ export function moe(
   });
 }
 
-/** The first half of `moe`: the router's decision, its plan freed of padding. */
+/**
+ * The first half of `moe`: the router's decision, its plan freed of padding. Throws UnsupportedError for a routing override where the
+ * router takes none.
+ */
 export function routeTokens(layer: MoELayer, params: Tree, input: RouterInput): Routed {
   const { hidden, layout } = input;
   const tokens = layout.batch * layout.sequence;
@@ -153,9 +157,13 @@ export function routeTokens(layer: MoELayer, params: Tree, input: RouterInput): 
   }
   const { router, experts } = layer;
   // Better refused than ignored: a router that is not asked for its ranks would decode something else than what was asked.
-  if (input.override?.some((one) => one && (one.layers?.includes(input.layer) ?? true))) {
+  if (overridesOf(input) && !router.overrides) {
+    const why =
+      router.score && router.select
+        ? "does not choose experts token by token in the order of its scores"
+        : "does not choose experts by scores alone";
     throw new UnsupportedError(
-      `moe: layer ${input.layer} got a routing override, and no router applies one yet; leave it out`,
+      `moe: layer ${input.layer} got a routing override, and its router ${why}, or does not say so (Router.overrides); leave it out or use a router such as topK`,
     );
   }
   const mask = tokenMask(layout);

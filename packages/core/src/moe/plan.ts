@@ -61,12 +61,21 @@ export type Need =
   | "target"
   | "host";
 
-/** Replaces k, ranks, threshold, masks or forces experts for one row of the batch, without touching weights. */
+/**
+ * Replaces how one row of the batch is routed, without touching weights; in evaluation only. What is absent stays as the router has
+ * it, its normalisation always. Experts are ranked as the router chooses them. Weights of what is left are not raised for what is masked, unless
+ * the router divides them by their sum.
+ */
 export interface RoutingOverride {
+  /** Experts per token. With `threshold`: at most. */
   readonly k?: number;
+  /** Places in the falling order, from 0: the strong pass of a top-2 model is [0, 1], its rank-2 pass [1]. Alone or with `masked`. */
   readonly ranks?: readonly number[];
+  /** 0..1: the fewest experts whose probabilities sum to more than this, divided by their sum whatever the router does. */
   readonly threshold?: number;
+  /** Never chosen; the ranks close up. */
   readonly masked?: readonly number[];
+  /** Always chosen, among the k. */
   readonly forced?: readonly number[];
   /** Layers it applies to; absent: all. */
   readonly layers?: readonly number[];
@@ -109,7 +118,7 @@ export interface RouterInput {
   readonly carry?: Tree;
   /** From the same router at earlier positions; leaves `[batch, position, ...]`. */
   readonly cache?: Tree;
-  /** Per row of the batch. */
+  /** Per row of the batch. Only for routers with `overrides`. */
   readonly override?: readonly (RoutingOverride | undefined)[];
   /** `[experts (+ nulls)]`: tokens of each expert per token in the whole global batch, where the balance loss should use it. */
   readonly globalLoad?: Tensor;
@@ -176,7 +185,9 @@ export interface Router {
   /** Not trained by gradient; saved with the checkpoint. */
   readonly buffers: Tree;
   route(params: Tree, input: RouterInput): Routed;
-  /** The two halves of route, where a router has them: wrappers (noise, null experts, overrides) stand between. */
+  /** Whether its decisions obey `input.override` (by `overridePlan`); absent: whoever asks for an override is refused. */
+  readonly overrides?: true;
+  /** The two halves of route, where a router has them: wrappers (noise, null experts) stand between. */
   score?(params: Tree, input: RouterInput): Tensor;
   select?(scores: Tensor, input: RouterInput): Routed;
   /**

@@ -55,6 +55,22 @@ describe("stored weights", () => {
     expect((await list(dequantize(mxfp4))).slice(0, 4)).toEqual([2, 1, -0, -12]);
   });
 
+  it("of fp8 have a scale per block, the last ones cut off", async () => {
+    const on = engine(cpu());
+    // 1, -1, 1.125, 2^-9, 0, 448; twice, the second line and half of the third in blocks of their own.
+    const line = [0x38, 0xb8, 0x39, 0x01, 0x00];
+    const codes = on.tensor(Uint8Array.of(...line, ...line, ...line.slice(0, 4), 0x7e), [3, 5]);
+    const scales = on.tensor(Float32Array.of(1, 2, 4, 0.5, 3, -1), [2, 3]);
+    const found = await list(dequantize({ format: "fp8", group: 2, rows: 2, codes, scales }));
+    expect(found).toEqual([
+      ...[1, -1, 2.25, 2 ** -8, 0, 1, -1, 2.25, 2 ** -8, 0],
+      ...[0.5, -0.5, 3.375, 3 * 2 ** -9, -448],
+    ]);
+    const nan = on.tensor(Uint8Array.of(0x7f, 0xff, 0x80), [1, 3]);
+    const three = { format: "fp8", group: 3, codes: nan, scales: on.tensor(Float32Array.of(1), [1, 1]) } as const;
+    expect(await list(dequantize(three))).toEqual([Number.NaN, Number.NaN, -0]);
+  });
+
   it("of exponent 0 keep every bit where the device has subnormals", async () => {
     const on = engine(cpu());
     const codes = on.tensor(
@@ -127,9 +143,29 @@ describe("refusals", () => {
       "mxfp4 has no zeros",
     ],
     [
+      "too few scales of fp8",
+      () => dequantize({ ...w("fp8", 32, [7, 45], [1, 1]), rows: 32 }),
+      "dequantize of fp8 in blocks of 32 x 32: scales must be f32 [1, 2], found f32 [1, 1]: u8 [7, 45] x f32 [1, 1]",
+    ],
+    [
+      "blocks without lines",
+      () => dequantize({ ...w("fp8", 32, [7, 32], [7, 1]), rows: 0 }),
+      "rows must be a whole number from 1 up, not 0",
+    ],
+    [
+      "blocks of int8",
+      () => dequantize({ ...w("int8", 32, [7, 32], [1, 1]), rows: 7 }),
+      "only fp8 has a scale for 7 rows",
+    ],
+    [
+      "zeros of fp8",
+      () => dequantize({ ...w("fp8", 32, [7, 32], [7, 1]), zeros: bytes(on, [7, 1]) }),
+      "fp8 has no zeros",
+    ],
+    [
       "an unknown format",
       () => dequantize({ ...good, format: "nf4" as "int4" }),
-      "dequantize of nf4 in groups of 32: the format must be one of int8, int4, mxfp4",
+      "dequantize of nf4 in groups of 32: the format must be one of int8, int4, mxfp4, fp8",
     ],
     [
       "x of another width",
@@ -220,6 +256,18 @@ describe("engines", () => {
       c.forEach((x, i) => void expect(x).toBeCloseTo(d[i] as number, 12));
     }
     const on = autodiff(root);
+    const blocks = { format: "fp8", group: 4, rows: 2, codes: bytes(root, [3, 7], 5) } as const;
+    const [few, spread] = [floats(on, [2, 2]), floats(root, [4, 7])];
+    const { scales: slopes } = grad(mean(quantizedLinear(spread, { ...blocks, scales: few })), { scales: few });
+    const values = dequantize({ ...blocks, scales: root.tensor(new Float32Array(4).fill(1), [2, 2]) });
+    const [plain, rows] = [await list(values), await list(spread)];
+    const byHand = [0, 0, 0, 0];
+    for (let i = 0; i < 21; i++) {
+      const at = 2 * Math.floor(i / 14) + Math.floor((i % 7) / 4);
+      for (let row = 0; row < 4; row++)
+        byHand[at] = (byHand[at] ?? 0) + ((plain[i] as number) * (rows[7 * row + (i % 7)] as number)) / 12;
+    }
+    (await list(slopes as Tensor)).forEach((value, i) => void expect(value).toBeCloseTo(byHand[i] as number, 12));
     const x = watch(on, floats(root, [8]));
     const w = { format: "int8", group: 8, codes: bytes(root, [3, 8]), scales: floats(root, [3, 1]) } as const;
     const { x: slope } = grad(mean(quantizedLinear(x, w)), { x });

@@ -1,4 +1,4 @@
-// Weights in few bits: int8, int4 and MXFP4 codes with a scale per group of neighbours, widened inside the products
+// Weights in few bits: int8, int4, MXFP4 and fp8 codes with a scale per group of neighbours, widened inside the products
 // where the backend has kernels for them. Making codes from floats is not done here.
 import { vjpOfFallback } from "../autodiff.ts";
 import type { Spec } from "../backend.ts";
@@ -9,15 +9,20 @@ import { groupedMatmul } from "./experts.ts";
 import { count, dtypes, fail, last, rank, rowsOf, spec } from "./infer.ts";
 import { linear, matmul } from "./matmul.ts";
 import { takeRows } from "./rows.ts";
-import { concat, hostConstant, reshape } from "./shape.ts";
+import { concat, hostConstant, reshape, slice } from "./shape.ts";
 
-export type QuantizedFormat = "int8" | "int4" | "mxfp4";
+export type QuantizedFormat = "int8" | "int4" | "mxfp4" | "fp8";
 
 /** How the weights are stored: attributes of all three ops. */
 export interface Quantized {
   readonly format: QuantizedFormat;
-  /** Neighbours along `in` that share one scale; divides `in`. `in` itself: one scale per row. MXFP4: 32. */
+  /**
+   * Neighbours along `in` that share one scale; divides `in`, but for fp8, whose last group may be shorter. `in` itself:
+   * one scale per row. MXFP4: 32.
+   */
   readonly group: number;
+  /** fp8: neighbours along `out` that share one scale, the last of them perhaps fewer; default 1. */
+  readonly rows?: number;
 }
 
 /**
@@ -27,37 +32,48 @@ export interface Quantized {
  *   them); zero is 8 where there are no `zeros`.
  * - mxfp4: E2M1 value * 2^(scale - 127) (OCP Microscaling Formats 1.0); scale 255 is NaN. Values below 2^-126 are
  *   subnormal in f32: a device that flushes those gives 0 for them, every other value is exact.
+ * - fp8: E4M3 value * scale (OCP 8-bit Floating Point 1.0: bias 7, no infinities, codes 0x7f and 0xff are NaN), a scale
+ *   for each block of `rows` x `group`. DeepSeek-V3's `weight_scale_inv` holds such scales, its blocks are 128 x 128.
  */
 export interface QuantizedWeights extends Quantized {
-  /** u8: int8 [..., out, in]; the 4-bit formats [..., out, in / 2], element 2 i in the low nibble of byte i. */
+  /** u8: int8, fp8 [..., out, in]; the 4-bit formats [..., out, in / 2], element 2 i in the low nibble of byte i. */
   readonly codes: Tensor;
-  /** int8, int4: f32 [..., out, in / group]. mxfp4: u8 exponents of the same shape. */
+  /**
+   * int8, int4: f32 [..., out, in / group]. mxfp4: u8 exponents of the same shape. fp8: f32
+   * [..., ceil(out / rows), ceil(in / group)].
+   */
   readonly scales: Tensor;
-  /** int8, int4: u8 [..., out, in / group]. */
+  /** int8, int4: u8 [..., out, in / group]; those of int4 at most 128. */
   readonly zeros?: Tensor;
 }
 
-const formats: readonly string[] = ["int8", "int4", "mxfp4"] satisfies readonly QuantizedFormat[];
+const formats: readonly string[] = ["int8", "int4", "mxfp4", "fp8"] satisfies readonly QuantizedFormat[];
+const inBytes = (format: QuantizedFormat): boolean => format === "int8" || format === "fp8";
+const perBlock = (n: number, block: number): number => Math.ceil(n / block);
 
 /** Checks stored weights; returns the shape of what they stand for. A refusal prints `inputs`. */
 function stored(
   name: string,
-  { format, group }: Quantized,
+  { format, group, rows = 1 }: Quantized,
   [codes, scales, zeros]: readonly [Spec, Spec, (Spec | undefined)?],
   inputs: readonly Spec[],
 ): readonly number[] {
-  const refuse = (why: string): never => fail(`${name} of ${format} in groups of ${group}`, why, inputs);
+  const blocks = format === "fp8" ? `blocks of ${rows} x ${group}` : `groups of ${group}`;
+  const refuse = (why: string): never => fail(`${name} of ${format} in ${blocks}`, why, inputs);
   if (!formats.includes(format)) refuse(`the format must be one of ${formats.join(", ")}`);
   if (codes.dtype !== "u8" || codes.shape.length < 2) refuse(`codes must be u8 [..., out, in], found ${show(codes)}`);
-  const inner = last(codes) * (format === "int8" ? 1 : 2);
+  const inner = last(codes) * (inBytes(format) ? 1 : 2);
   if (!Number.isInteger(group) || group < 1) refuse("the group must be a whole number from 1 up");
   if (format === "mxfp4" && group !== 32) refuse("mxfp4 has groups of 32");
-  if (inner % group !== 0) refuse(`the group must divide in = ${inner}`);
-  const perGroup = [...codes.shape.slice(0, -1), inner / group];
+  if (format !== "fp8" && inner % group !== 0) refuse(`the group must divide in = ${inner}`);
+  if (!Number.isInteger(rows) || rows < 1) refuse(`rows must be a whole number from 1 up, not ${rows}`);
+  if (format !== "fp8" && rows !== 1) refuse(`only fp8 has a scale for ${rows} rows`);
+  const out = at(codes.shape, codes.shape.length - 2);
+  const perGroup = [...codes.shape.slice(0, -2), perBlock(out, rows), perBlock(inner, group)];
   const wanted = spec(perGroup, format === "mxfp4" ? "u8" : "f32");
   if (show(scales) !== show(wanted)) refuse(`scales must be ${show(wanted)}, found ${show(scales)}`);
   if (zeros) {
-    if (format === "mxfp4") refuse("mxfp4 has no zeros");
+    if (format === "mxfp4" || format === "fp8") refuse(`${format} has no zeros`);
     const expected = spec(perGroup, "u8");
     if (show(zeros) !== show(expected)) refuse(`zeros must be ${show(expected)}, found ${show(zeros)}`);
   }
@@ -68,7 +84,7 @@ function stored(
 function meets(name: string, x: Spec, inner: number, { format }: Quantized, inputs: readonly Spec[]): void {
   if (last(x) === inner) return;
   const odd =
-    format !== "int8" && last(x) % 2 !== 0 ? `; ${format} holds two elements per byte and needs an even in` : "";
+    !inBytes(format) && last(x) % 2 !== 0 ? `; ${format} holds two elements per byte and needs an even in` : "";
   fail(name, `inner sizes differ: ${show(x)} has ${last(x)}, the weights have ${inner}${odd}`, inputs);
 }
 
@@ -92,6 +108,13 @@ const e2m1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0, -0.5, -1, -1.5, -2, -3, -4, -6];
 // the values take first.
 const power = (e: number): number => (e === 255 ? Number.NaN : 2 ** (Math.max(e, 1) - 127));
 const half = (e: number): number => (e === 0 ? 0.5 : 1);
+/** E4M3, bit by bit. */
+const e4m3 = (code: number): number => {
+  const [exponent, mantissa] = [(code >> 3) & 15, code & 7];
+  if (exponent === 15 && mantissa === 7) return Number.NaN;
+  const magnitude = exponent === 0 ? mantissa * 2 ** -9 : (8 + mantissa) * 2 ** (exponent - 10);
+  return code > 127 ? -magnitude : magnitude;
+};
 const look = (ids: Tensor, size: number, value: (i: number) => number): Tensor =>
   takeRows(
     hostConstant(
@@ -102,19 +125,42 @@ const look = (ids: Tensor, size: number, value: (i: number) => number): Tensor =
     ids,
   );
 
+/** Each scale as often as its block has elements: [..., out, in] from [..., ceil(out / rows), ceil(in / group)]. */
+function spread(scales: Tensor, group: number, rows: number, [out, inner]: readonly [number, number]): Tensor {
+  const [lines, across] = [rowsOf(scales), last(scales)];
+  const ones = (shape: readonly number[]): Tensor =>
+    hostConstant(scales, new Float32Array(shape.reduce((n, d) => n * d, 1)).fill(1), shape);
+  let y = scales;
+  if (group > 1) {
+    const wide = mul(reshape(y, [lines * across, 1]), ones([1, group]));
+    y = slice(reshape(wide, [lines, across * group]), [0, 0], [lines, inner]);
+  }
+  if (rows > 1) {
+    const down = at(scales.shape, scales.shape.length - 2);
+    const matrices = scales.shape.slice(0, -2).reduce((n, d) => n * d, 1);
+    const tall = mul(reshape(y, [lines, 1, inner]), ones([1, rows, 1]));
+    y = slice(reshape(tall, [matrices, down * rows, inner]), [0, 0, 0], [matrices, out, inner]);
+  }
+  return reshape(y, [...scales.shape.slice(0, -2), out, inner]);
+}
+
 export const dequantizeOp: Op<Quantized> = {
   name: "dequantize",
   shapes(inputs, attrs) {
     count("dequantize", inputs, 2, 3);
     return [spec(stored("dequantize", attrs, [at(inputs, 0), at(inputs, 1), inputs[2]], inputs))];
   },
-  fallback([codes, scales, zeros], { format, group }) {
+  fallback([codes, scales, zeros], { format, group, rows = 1 }) {
     if (!codes || !scales) return [];
-    const rows = rowsOf(codes);
+    if (format === "fp8") {
+      const size = [at(codes.shape, codes.shape.length - 2), last(codes)] as const;
+      return [mul(look(cast(codes, "i32"), 256, e4m3), spread(scales, group, rows, size))];
+    }
+    const lines = rowsOf(codes);
     const groups = last(scales);
-    const whole = (x: Tensor): Tensor => reshape(x, [rows, groups, group]);
-    const each = (x: Tensor): Tensor => reshape(x, [rows, groups, 1]);
-    let values: Tensor; // [rows, groups, group]
+    const whole = (x: Tensor): Tensor => reshape(x, [lines, groups, group]);
+    const each = (x: Tensor): Tensor => reshape(x, [lines, groups, 1]);
+    let values: Tensor; // [lines, groups, group]
     if (format === "mxfp4") {
       const exponents = each(cast(scales, "i32"));
       const codebook = look(cast(nibbles(codes), "i32"), 16, (i) => at(e2m1, i));
@@ -131,12 +177,15 @@ export const dequantizeOp: Op<Quantized> = {
 const dequantized = (codes: Tensor, scales: Tensor, zeros: Tensor | undefined, attrs: Quantized): Tensor =>
   run1(dequantizeOp, zeros ? [codes, scales, zeros] : [codes, scales], attrs);
 
+const attrsOf = ({ format, group, rows }: Quantized): Quantized =>
+  rows === undefined ? { format, group } : { format, group, rows };
+
 /**
- * What the weights stand for, f32 [..., out, in]. Scales of int8 and int4 have a gradient, codes and zeros none.
+ * What the weights stand for, f32 [..., out, in]. Scales of int8, int4 and fp8 have a gradient, codes and zeros none.
  * @throws ShapeError when sizes, dtypes or the group do not fit the format.
  */
-export const dequantize = ({ codes, scales, zeros, format, group }: QuantizedWeights): Tensor =>
-  dequantized(codes, scales, zeros, { format, group });
+export const dequantize = ({ codes, scales, zeros, ...how }: QuantizedWeights): Tensor =>
+  dequantized(codes, scales, zeros, attrsOf(how));
 
 // ---------------------------------------------------------------- products
 export const quantizedLinearOp: Op<Quantized> = {
@@ -165,8 +214,8 @@ export const quantizedLinearOp: Op<Quantized> = {
  * widened to f32 for the length of the call.
  * @throws ShapeError when sizes, dtypes or the group do not fit.
  */
-export const quantizedLinear = (x: Tensor, { codes, scales, zeros, format, group }: QuantizedWeights): Tensor =>
-  run1(quantizedLinearOp, zeros ? [x, codes, scales, zeros] : [x, codes, scales], { format, group });
+export const quantizedLinear = (x: Tensor, { codes, scales, zeros, ...how }: QuantizedWeights): Tensor =>
+  run1(quantizedLinearOp, zeros ? [x, codes, scales, zeros] : [x, codes, scales], attrsOf(how));
 
 export const quantizedGroupedMatmulOp: Op<Quantized> = {
   name: "quantizedGroupedMatmul",
@@ -199,10 +248,11 @@ export const quantizedGroupedMatmulOp: Op<Quantized> = {
  */
 export const quantizedGroupedMatmul = (
   rows: Tensor,
-  { codes, scales, zeros, format, group }: QuantizedWeights,
+  { codes, scales, zeros, ...how }: QuantizedWeights,
   ends: Tensor,
 ): Tensor =>
-  run1(quantizedGroupedMatmulOp, zeros ? [rows, codes, scales, ends, zeros] : [rows, codes, scales, ends], {
-    format,
-    group,
-  });
+  run1(
+    quantizedGroupedMatmulOp,
+    zeros ? [rows, codes, scales, ends, zeros] : [rows, codes, scales, ends],
+    attrsOf(how),
+  );

@@ -39,10 +39,11 @@ export function wrap(plugin: RouterPlugin, { name, options, changes, inside, sta
 function wrapRouter(inner: Router, { before, between, after }: Stages): Router {
   const scored = (input: RouterInput): RouterInput => before?.(input) ?? input;
   const decided = (routed: Routed, input: RouterInput): Routed => after?.(routed, input) ?? routed;
-  const { params, buffers, score, select, afterStep } = inner;
-  const kept: Pick<Router, "params" | "buffers" | "afterStep"> = {
+  const { params, buffers, score, select, afterStep, overrides } = inner;
+  const kept: Pick<Router, "params" | "buffers" | "afterStep" | "overrides"> = {
     params,
     buffers,
+    ...(overrides ? { overrides } : {}),
     ...(afterStep ? { afterStep: (layers, own) => afterStep.call(inner, layers, own) } : {}),
   };
   if (!score || !select) {

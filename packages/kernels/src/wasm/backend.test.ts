@@ -18,6 +18,7 @@ describe("kernels", () => {
     ["rmsNorm", "rmsNormGrad", "layerNorm", "layerNormGrad", "rope", "crossEntropy", "crossEntropyGrad"],
     ["attention", "attentionGrad", "gatherLast", "scatterLast", "softmaxTopk", "dispatch", "groupedMatmul"],
     ["groupedOuter", "combineRows", "combineRowsGrad", "moeExperts", "sumSquares", "adamw", "sgd"],
+    ["dequantize", "quantizedLinear", "quantizedGroupedMatmul"],
   ].flat();
   it("serve every fused op of core", async () => {
     const backend = await wasm({ threads: 1 });

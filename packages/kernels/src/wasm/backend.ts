@@ -6,6 +6,7 @@ import { attentionKernels } from "./kernels/attention.ts";
 import { cast, elementwiseKernels } from "./kernels/elementwise.ts";
 import { expertKernels } from "./kernels/experts.ts";
 import { matmulKernels, SCRATCH } from "./kernels/matmul.ts";
+import { quantizedKernels } from "./kernels/quantized.ts";
 import { reduceKernels } from "./kernels/reduce.ts";
 import { rowKernels } from "./kernels/rows.ts";
 import { shapeKernels } from "./kernels/shape.ts";
@@ -148,6 +149,7 @@ export function assemble(heap: Heap, pool: Pool, variant: Variant, note: string)
       ...rowKernels(device),
       ...matmulKernels(device),
       ...expertKernels(device),
+      ...quantizedKernels(device),
       ...attentionKernels(device),
     },
     upload(data, spec) {

@@ -96,7 +96,7 @@ export async function launch(chromium: string): Promise<Browser> {
 export async function build({ folder, built }: Project): Promise<string> {
   const vite = join(dirname(createRequire(import.meta.url).resolve("vite/package.json")), "bin", "vite.js");
   // The environment of vitest says "test"; a user's does not.
-  const { NODE_ENV: _, VITEST: __, FORCE_COLOR: ___, ...env } = { ...process.env, NO_COLOR: "1" };
+  const { NODE_ENV: _, VITEST: __, FORCE_COLOR: ___, ...env }: NodeJS.ProcessEnv = { ...process.env, NO_COLOR: "1" };
   const args = [vite, "build", "--base=/built/", `--outDir=${built}`, "--logLevel=warn"];
   const { stdout, stderr } = await run(process.execPath, args, { cwd: folder, env });
   return (stdout + stderr).replace(

@@ -13,7 +13,9 @@ import {
   bytesOf,
   type CheckpointContent,
   checkAllUsed,
+  checkCounts,
   checkMemory,
+  expectShape,
   readFloats,
   readTensor,
   stored,
@@ -84,9 +86,15 @@ function readConfig(checkpoint: Checkpoint): CompleteConfig {
 /** Experts lie one by one: gate and up of each are stacked to [experts, 2 hidden, width]. */
 async function readExperts(checkpoint: Checkpoint, path: string, shape: readonly number[]): Promise<Float32Array> {
   const [experts = 0, rows = 0, columns = 0] = shape;
-  const stacked = new Float32Array(experts * rows * columns);
   const matrices = path.endsWith(".gateUp") ? (["gate", "up"] as const) : (["down"] as const);
   const size = (rows / matrices.length) * columns;
+  // All are there before memory is taken for them: the sizes come from config.json.
+  for (let e = 0; e < experts; e++) {
+    for (const matrix of matrices) {
+      expectShape(checkpoint, expertName(path, e, matrix), [rows / matrices.length, columns]);
+    }
+  }
+  const stacked = new Float32Array(experts * rows * columns);
   for (let e = 0; e < experts; e++) {
     for (const [i, matrix] of matrices.entries()) {
       const part = await readFloats(checkpoint, expertName(path, e, matrix), [rows / matrices.length, columns]);
@@ -102,6 +110,7 @@ async function read(
   { memory }: { readonly memory?: number },
 ): Promise<Transformer> {
   const config = readConfig(checkpoint);
+  checkCounts(checkpoint, { layers: config.layers, experts: config.experts });
   const shapes = parameterShapes(config);
   checkMemory(shapes.values(), memory);
   const loaded = new Map<string, Tensor>();

@@ -18,7 +18,15 @@ import type { Checkpoint } from "../model.ts";
 import type { TensorSource } from "../safetensors.ts";
 import { buildTransformer, type Transformer, type TransformerArchitecture } from "../transformer.ts";
 import { type CompleteConfig, completeConfig, parameterShapes } from "../transformer-config.ts";
-import { type CheckpointContent, checkAllUsed, checkMemory, expectShape, readTensor, stored } from "../weights.ts";
+import {
+  type CheckpointContent,
+  checkAllUsed,
+  checkCounts,
+  checkMemory,
+  expectShape,
+  readTensor,
+  stored,
+} from "../weights.ts";
 
 const format = 1;
 
@@ -149,6 +157,7 @@ async function read(
   memory: number | undefined,
 ): Promise<Transformer> {
   const sizes = readConfig(checkpoint, options);
+  checkCounts(checkpoint, { layers: sizes.layers });
   const counts = checkpoint.names.includes(countsName) ? await readCounts(checkpoint, sizes.vocabulary) : undefined;
   const config: CompleteConfig = { ...sizes, tokenCounts: counts };
   const shapes = parameterShapes(config);

@@ -3,12 +3,13 @@ import { less, reshape, sub, sumLast, type Tensor } from "@switchyard/core";
 import { adaptedLinear, lora } from "@switchyard/core/experts";
 import { routerContext, routerInput } from "@switchyard/testing";
 import { type MoAOptions, moa, moaThreshold } from "../../src/moa.ts";
-import { type Family, given, number, results, shapeOf, sparse, tensor, type Values } from "../vectors.ts";
+import { type Family, given, number, results, shapeOf, sized, sparse, tensor, type Values } from "../vectors.ts";
 
 export const loraFamily: Family = (one, on) => {
   const read = (name: string): Values => given(one.inputs, name);
   const [out = 0, width = 0] = shapeOf(read("w_base"));
   const [tokens = 0, count = 0] = shapeOf(read("gates"));
+  sized(one, "rank", shapeOf(read("A_shared"))[0] ?? 0);
   const sizes = { count, width, out, rank: number(one, "rank"), alpha: number(one, "alpha") };
   return results(on, () => {
     const input = (name: string): Tensor => tensor(on, read(name));

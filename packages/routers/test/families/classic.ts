@@ -6,7 +6,20 @@ import { hash } from "../../src/hash.ts";
 import { frequentTokens, mix32, visibleExperts } from "../../src/hash-parts.ts";
 import { expectedLoad, noiseDeviation, noisyTopK } from "../../src/noisy-top-k.ts";
 import { sinkhorn, sinkhornPlan } from "../../src/sinkhorn.ts";
-import { dense, type Family, flat, given, number, results, shapeOf, sparse, tensor, turned } from "../vectors.ts";
+import {
+  dense,
+  expertsOf,
+  type Family,
+  flat,
+  given,
+  number,
+  numberOr,
+  results,
+  shapeOf,
+  sparse,
+  tensor,
+  turned,
+} from "../vectors.ts";
 import { selecting } from "./parts.ts";
 
 /** A Random whose every normal draw is given. */
@@ -81,10 +94,12 @@ export const noisyTopKFamily: Family = async (one, on) => {
 export const sinkhornFamily: Family = async (one, on) => {
   const logits = given(one.inputs, "logits");
   const [, experts = 0] = shapeOf(logits);
-  const [k, tolerance] = [number(one, "k"), number(one, "tol")];
-  const select = selecting(on, sinkhorn({ k, tolerance }), experts);
+  const k = number(one, "k");
+  // Those after the tolerance is met count for nothing: as many as any case may need.
+  const rules = { tolerance: numberOr(one, "tol", 1e-4), epsilon: numberOr(one, "eps", 1e-8), iterations: 1000 };
+  const select = selecting(on, sinkhorn({ k, ...rules }), experts);
   const found = await results(on, () => {
-    const { plan, iterations } = sinkhornPlan(tensor(on, logits), { tolerance });
+    const { plan, iterations } = sinkhornPlan(tensor(on, logits), rules);
     const trained = sparse(select(tensor(on, logits), { training: true }));
     const evaluated = sparse(select(tensor(on, logits), { training: false }));
     return {
@@ -96,6 +111,8 @@ export const sinkhornFamily: Family = async (one, on) => {
       plainWeights: evaluated.weights,
     };
   });
+  if (flat(found.iterations)[0] === rules.iterations)
+    throw new Error(`the plan is not settled after ${rules.iterations} iterations`);
   return {
     iterations: found.iterations,
     plan: found.plan,
@@ -107,7 +124,7 @@ export const sinkhornFamily: Family = async (one, on) => {
 };
 
 export const hashFamily: Family = async (one, on) => {
-  const experts = 4; // stands in the id only, as E4
+  const experts = expertsOf(one);
   const counts = Float64Array.from(flat(given(one.inputs, "token_counts")));
   const [seed, layer] = [number(one, "seed"), number(one, "layer")];
   const ids = Int32Array.from(counts, (_, token) => token);
@@ -127,6 +144,8 @@ export const hashFamily: Family = async (one, on) => {
     load[e] = (load[e] ?? 0) + (counts[token] ?? 0);
   });
   const frequent = frequentTokens(counts, number(one, "frequent_mass"));
+  // "splitmix32_of_0_1_2" is the mix of 0, 1 and 2.
+  const mixed = Object.keys(one.expected).filter((name) => /^splitmix32_of(_\d+)+$/.test(name));
   return {
     balanced_hash: balanced,
     balanced_load: load,
@@ -136,7 +155,15 @@ export const hashFamily: Family = async (one, on) => {
       const visible = number(one, often === 1 ? "visible_frequent" : "visible_infrequent");
       return visibleExperts(token, { experts, visible, seed, layer });
     }),
-    splitmix32_of_0_1_2: [0, 1, 2].map(mix32),
+    ...Object.fromEntries(
+      mixed.map((name) => [
+        name,
+        name
+          .split("_")
+          .slice(2)
+          .map((n) => mix32(Number(n))),
+      ]),
+    ),
   };
 };
 

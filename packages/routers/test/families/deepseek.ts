@@ -15,6 +15,7 @@ import {
   flat,
   given,
   number,
+  numberOr,
   results,
   shapeOf,
   sparse,
@@ -113,16 +114,24 @@ const deepSeekFamily: Family = async (one, on) => {
   };
 };
 
-const secondRules = { all: "all", random_paper: "chance", "random_threshold0.2": "random" } as const;
+/** The rule for second experts that the vectors call "all", "none", "random_paper", "threshold0.2" or "random_threshold0.2". */
+function secondRule(name: string): Pick<GShardOptions, "second" | "threshold"> {
+  if (name === "all" || name === "none") return { second: name };
+  if (name === "random_paper") return { second: "chance" };
+  const [, random, threshold] = /^(random_)?threshold(\d*\.?\d+)$/.exec(name) ?? [];
+  if (threshold === undefined) throw new Error(`no rule for the second expert is called "${name}"`);
+  return { second: random ? "random" : "threshold", threshold: Number(threshold) };
+}
 
 const gshardFamily: Family = async (one, on) => {
   const w = given(one.inputs, "w_router");
   const experts = shapeOf(w)[1] ?? 0;
-  const [factor, minimum] = [number(one, "capacity_factor"), number(one, "min_capacity")];
+  const [factor, minimum] = [number(one, "capacity_factor"), numberOr(one, "min_capacity", 0)];
+  const epsilon = numberOr(one, "eps", 1e-9);
   const tokens = shapeOf(given(one.inputs, "x"))[0] ?? 0;
   const capacity = capacityOf({ tokens, experts, factor, minimum, round: "down" });
   const route = (more: GShardOptions): Routed => {
-    const plugin = gshard({ capacityFactor: factor, minimumCapacity: minimum, balance: 1, ...more });
+    const plugin = gshard({ capacityFactor: factor, minimumCapacity: minimum, epsilon, balance: 1, ...more });
     const { router, params } = weighted(on, plugin, w);
     const input = routerInput(on, { hidden: tensor(on, given(one.inputs, "x")), training: true });
     return router.route(params, { ...input, random: fixedUniform(on, given(one.inputs, "uniform")) });
@@ -153,12 +162,15 @@ const gshardFamily: Family = async (one, on) => {
     aux_paper_mean_over_E: base.paper,
     aux_scaled_E2: base.scaled,
   };
-  for (const [name, second] of Object.entries(secondRules)) {
+  // What is expected as "all.kept" belongs to the rule "all"; a threshold has a point of its own.
+  const names = Object.keys(one.expected).flatMap((path) => /^(.+)\.[a-z_]+$/.exec(path)?.[1] ?? []);
+  for (const name of new Set(names)) {
+    const rule = secondRule(name);
     const { asked, places, kept, weights } = await results(on, () => {
-      const plan = sparse(route({ second, capacityFactor: Number.POSITIVE_INFINITY }));
+      const plan = sparse(route({ ...rule, capacityFactor: Number.POSITIVE_INFINITY }));
       // Every token of each expert in the order of its places.
       const free = { experts, policy: "choice", capacity: 2 * tokens } as const;
-      const limited = sparse(route({ second }));
+      const limited = sparse(route(rule));
       return {
         asked: plan.experts,
         places: padToCapacity({ kind: "sparse", ...plan }, free).tokens, // [experts, 2 * tokens]

@@ -1,22 +1,18 @@
 // Vectors of THOR, CompeteSMoE, SMEAR and MoEC.
 import {
   alias,
-  type Engine,
   full,
-  groupedMatmul,
   mapTree,
   type Random,
-  relu,
   reshape,
   softmax,
   sub,
   type Tensor,
   type Tree,
-  tanh,
   transpose,
+  where,
 } from "@switchyard/core";
 import {
-  type Experts,
   ffn,
   layerInput,
   layerParams,
@@ -37,6 +33,8 @@ import {
   flat,
   given,
   number,
+  numberOr,
+  only,
   results,
   shapeOf,
   slopes,
@@ -44,8 +42,9 @@ import {
   tensor,
   turned,
   type Values,
+  word,
 } from "../vectors.ts";
-import { selecting } from "./parts.ts";
+import { expertActivation, plainExperts, selecting } from "./parts.ts";
 
 /** A Random whose draws on the host are given, whatever the key. */
 const fixedHost = (draws: readonly number[]): Random => {
@@ -67,11 +66,22 @@ export const moecFamily: Family = async (one, on) => {
   const dropped = flat(given(one.inputs, "dropped"));
   const experts = shapeOf(logits)[1] ?? 0;
   const clusters = number(one, "clusters");
-  const share = dropped.reduce((a, b) => a + b, 0) / experts;
-  const base = { k: number(one, "k"), clusters, mu: number(one, "mu") };
-  // The smallest draws close.
-  const random = fixedHost(dropped.map((closed) => 1 - closed));
-  const select = selecting(on, moec({ ...base, dropout: share }), experts);
+  const size = experts / clusters;
+  const closed = Array.from({ length: clusters }, (_, m) =>
+    dropped.slice(m * size, (m + 1) * size).reduce((a, b) => a + b, 0),
+  );
+  if (!Number.isInteger(size)) throw new Error(`${experts} experts in ${clusters} clusters`);
+  const epsilon = numberOr(one, "eps", 1e-12);
+  const base = { k: number(one, "k"), clusters, mu: number(one, "mu"), epsilon };
+  // The smallest draws close: as many in each cluster, or clusters as a whole. Where a file closes others, which the
+  // router never does, their logits are gone before it sees them.
+  const random = (whole: boolean): Random =>
+    fixedHost((whole ? closed : dropped).map((x) => 1 - x / (whole ? size : 1)));
+  const [least, most] = [Math.min(...closed), Math.max(...closed)];
+  const whole = closed.every((n) => n === 0 || n === size) && most > 0;
+  const drawn = whole || least === most;
+  const dropout = whole ? closed.filter((n) => n > 0).length / clusters : drawn ? least / size : 0;
+  const select = selecting(on, moec({ ...base, dropout, whole }), experts);
   const lossOf = ({ losses: { cluster } }: Routed): { value: Tensor; weight: number } => {
     if (!cluster) throw new Error("there is no cluster loss");
     return cluster;
@@ -79,15 +89,18 @@ export const moecFamily: Family = async (one, on) => {
   let weight = 0;
   const found = await results(on, () => {
     const x = tensor(on, logits);
-    const trained = select(x, { training: true, random });
+    const call = { training: true, random: random(whole) };
+    const open = select(x, call);
+    const gone = on.tensor(Float64Array.from(dropped), [1, experts]);
+    const trained = drawn ? open : select(where(gone, Number.NEGATIVE_INFINITY, x), call);
     const { intra, inter } = clusterSpread(softmax(x), { clusters });
-    const other = selecting(on, moec({ ...base, clusterLoss: "difference" }), experts);
-    weight = lossOf(trained).weight;
+    const other = selecting(on, moec({ ...base, dropout: 0, clusterLoss: "difference" }), experts);
+    weight = lossOf(open).weight;
     return {
       softmax: select(x, {}).probabilities as Tensor,
       c_intra: intra,
       c_inter: inter,
-      ratio: lossOf(trained).value,
+      ratio: lossOf(open).value,
       difference: lossOf(other(x, { training: true })).value,
       masked_softmax: trained.probabilities as Tensor,
       indices_after_dropout: sparse(trained).experts,
@@ -100,20 +113,10 @@ export const moecFamily: Family = async (one, on) => {
     ratio_loss: weight * (flat(ratio)[0] ?? Number.NaN),
     difference_loss: weight * (flat(difference)[0] ?? Number.NaN),
     grad_unscaled_ratio: await slopes(on, logits, (x) =>
-      clusterValue(clusterSpread(softmax(x), { clusters }), "ratio"),
+      clusterValue(clusterSpread(softmax(x), { clusters }), "ratio", epsilon),
     ),
   };
 };
-
-/** Experts y = f(x W_e) with the W_e [in][out] of a vector. */
-function plainExperts(on: Engine, matrices: Values, f: (x: Tensor) => Tensor): Experts {
-  const [count = 0] = shapeOf(matrices);
-  return {
-    count,
-    params: { w: transpose(tensor(on, matrices), [0, 2, 1]) }, // [experts, out, in]
-    apply: (params, rows, ends) => ({ output: f(groupedMatmul(rows, leaf(params, "w"), ends)) }),
-  };
-}
 
 export const thorFamily: Family = async (one, on) => {
   const [first, second] = [given(one.inputs, "logits_pass1"), given(one.inputs, "logits_pass2")];
@@ -126,7 +129,7 @@ export const thorFamily: Family = async (one, on) => {
       padding.map((pad) => 1 - pad),
     );
   const output = (plan?: Plan): Tensor => {
-    const experts = plainExperts(on, matrices, relu);
+    const experts = plainExperts(on, matrices, expertActivation(one, "relu"));
     const plugin = thor({ evaluation: "ensemble" });
     const layer = moeLayer(plugin, { engine: on, width: shapeOf(x)[1] ?? 0 }, { experts });
     const routed = plan ? { ...layer, router: { ...layer.router, route: () => ({ plan, losses: {} }) } } : layer;
@@ -152,7 +155,7 @@ export const competeSMoEFamily: Family = async (one, on) => {
   const [batch = 0, sequence = 0, width = 0] = shapeOf(x);
   const [tokens, k] = [batch * sequence, number(one, "k")];
   const run = (options: CompeteSMoEOptions, compete: boolean): { output: Tensor; routed: Routed } => {
-    const experts = plainExperts(on, matrices, tanh);
+    const experts = plainExperts(on, matrices, expertActivation(one, "tanh"));
     const layer = moeLayer(competeSMoE({ k, ...options }), { engine: on, width }, { experts });
     const params = { router: { weight: tensor(on, turned(w)) }, experts: experts.params };
     return moe(
@@ -214,6 +217,10 @@ export const smearFamily: Family = async (one, on) => {
   const [batch = 0, sequence = 0, width = 0] = shapeOf(input("x"));
   const [count = 0, , hidden = 0] = shapeOf(input("down"));
   const swapped = (x: Tensor): Tensor => transpose(x, [0, 2, 1]);
+  only(one, "routing_input", ["mean over sequence"]);
+  only(one, "activation", ["silu", "relu", "gelu"]);
+  const activation = word(one, "activation") as "silu" | "relu" | "gelu";
+  const normEpsilon = numberOr(one, "ln_eps", 1e-5);
   const layout = { batch, sequence, past: 0 };
   return results(on, () => {
     const x = reshape(tensor(on, input("x")), [batch * sequence, width]);
@@ -224,7 +231,7 @@ export const smearFamily: Family = async (one, on) => {
       down: swapped(tensor(on, input("up"))),
       downBias: full(x, [count, width], 0),
     };
-    const experts = ffn({ count, width, hidden, activation: "silu", bias: true, params: adapter });
+    const experts = ffn({ count, width, hidden, activation, bias: true, params: adapter });
     const router = {
       weight: tensor(on, turned(input("w_router"))),
       bias: tensor(on, input("b_router")),
@@ -235,7 +242,7 @@ export const smearFamily: Family = async (one, on) => {
     const run = (
       normaliseWeights: boolean,
     ): ReturnType<typeof moe> & { readonly p: Tensor; readonly plan: MergePlan } => {
-      const layer = moeLayer(smear({ normaliseWeights }), { engine: on, width }, { experts });
+      const layer = moeLayer(smear({ normaliseWeights, normEpsilon }), { engine: on, width }, { experts });
       const done = moe(layer, { router, experts: adapter }, layerInput(layer, x, { layout }));
       const { plan } = done.routed;
       const [p] = plan.kind === "merge" ? plan.coefficients : [];

@@ -1,11 +1,34 @@
 // Vectors of the factorised experts: muMoE, MPOE, MoLAE.
-import { concat, dispose, leaves, random, reshape, slice, type Tensor, type Tree, transpose } from "@switchyard/core";
-import { molae, molaeToDense, mpo, mpoToDense, muMoEExperts } from "@switchyard/core/experts";
+import {
+  concat,
+  dispose,
+  full,
+  leaves,
+  random,
+  reshape,
+  slice,
+  type Tensor,
+  type Tree,
+  transpose,
+} from "@switchyard/core";
+import { type MpoOptions, molae, molaeToDense, mpo, mpoToDense, muMoEExperts } from "@switchyard/core/experts";
 import { denseToMoLAE, denseToMpo, mpoParameterCount } from "@switchyard/core/factors";
 import type { Experts } from "@switchyard/core/moe";
 import { routerContext, routerInput } from "@switchyard/testing";
 import { muMoE } from "../../src/mu-moe.ts";
-import { type Family, flat, given, number, results, shapeOf, tensor, turned, type Values, word } from "../vectors.ts";
+import {
+  type Family,
+  flat,
+  given,
+  number,
+  numberOr,
+  results,
+  shapeOf,
+  tensor,
+  turned,
+  type Values,
+  word,
+} from "../vectors.ts";
 
 const list = (values: Values): readonly Values[] => values as readonly Values[];
 export const muMoEFamily: Family = async (one, on) => {
@@ -33,9 +56,13 @@ export const muMoEFamily: Family = async (one, on) => {
     if (!y) throw new Error("muMoE experts have no mixed");
     return reshape(y, [batch, sequence, y.shape[1] ?? 0]);
   };
-  /** The last input is the 1: rows [width + 1, ...] -> input and bias. */
+  const biased = numberOr(one, "use_bias", 1) === 1;
+  /** With bias the last input is the 1: rows [width + 1, ...] -> input and bias. */
   const halves = (core: Tensor): readonly [Tensor, Tensor] => {
-    const [, ...rest] = core.shape;
+    const [rows = 0, ...rest] = core.shape;
+    if (rows !== width + Number(biased))
+      throw new Error(`a factor has ${rows} rows for ${width} inputs ${biased ? "and a 1" : "without bias"}`);
+    if (!biased) return [core, full(core, rest, 0)];
     const start = rest.map(() => 0);
     return [slice(core, [0, ...start], [width, ...rest]), reshape(slice(core, [width, ...start], [1, ...rest]), rest)];
   };
@@ -120,13 +147,18 @@ export const mpoeFamily: Family = async (one, on) => {
 
   const auxiliary = list(given(one.inputs, "auxiliary")).map(list);
   const count = auxiliary.length;
+  const central = given(one.inputs, "shared_central");
+  const places = widthDims.map((_, k) => k).filter((k) => k !== form.central);
+  // The bond of each cut is the right bond of the core before it.
+  const bonds = widthDims.slice(1).map((_, k) => {
+    const core = k === form.central ? central : auxiliary[0]?.[places.indexOf(k)];
+    return shapeOf(core ?? [])[3] ?? 0;
+  });
   const found = await results(on, () => {
     /** [experts, in, out] of the operator "up". */
-    const matrices = (params: Tree, more: { readonly bond: number; readonly count: number }): Tensor =>
+    const matrices = (params: Tree, more: Pick<MpoOptions, "bond" | "count">): Tensor =>
       transpose(leafOf(mpoToDense(params, { ...form, ...more }), "up"));
     const truncated = reshape(matrices(cut.params, { bond, count: 1 }), [inputs, outputs]);
-    const central = tensor(on, given(one.inputs, "shared_central"));
-    const places = widthDims.map((_, k) => k).filter((k) => k !== form.central);
     const own = places.map((k, i): [string, Tensor] => {
       const cores = auxiliary.map((cores) => tensor(on, cores[i] ?? []));
       return [
@@ -137,18 +169,19 @@ export const mpoeFamily: Family = async (one, on) => {
         ),
       ];
     });
-    // The bonds of the cores in the case; the other operator only has to be there.
-    const bonds = { bond: central.shape[0] ?? 0, count };
-    const other = mpo({ ...form, ...bonds, engine: on, random: random(on, 0) }).params;
-    const shared = { downCentral: leafOf(other, "shared.downCentral"), upCentral: central };
+    // The other operator only has to be there.
+    const other = mpo({ ...form, bond: bonds, count, engine: on, random: random(on, 0) }).params;
+    const shared = { downCentral: leafOf(other, "shared.downCentral"), upCentral: tensor(on, central) };
     return {
       truncated_reconstruction: truncated,
-      reconstructed_experts: matrices({ ...(other as object), ...Object.fromEntries(own), shared }, bonds),
+      reconstructed_experts: matrices(
+        { ...(other as object), ...Object.fromEntries(own), shared },
+        { bond: bonds, count },
+      ),
     };
   });
   for (const tree of [dense, full.params, cut.params]) dispose(tree);
   const [up, whole] = [report(cut, "up"), report(full, "up")];
-  const bonds = shapeOf(given(one.inputs, "shared_central"))[0] ?? 0;
   const sizes = { inputDims: widthDims, outputDims: hiddenDims, bond: bonds, central: form.central, experts: count };
   const { unshared, shared } = mpoParameterCount(sizes);
   return {

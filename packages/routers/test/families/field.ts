@@ -9,7 +9,6 @@ import {
   sum,
   type Tensor,
   type Tree,
-  tanh,
   transpose,
 } from "@switchyard/core";
 import { type Experts, layerInput, moe, moeLayer, type Routed, type RouterPlugin } from "@switchyard/core/moe";
@@ -25,6 +24,8 @@ import {
   flat,
   given,
   number,
+  numberOr,
+  only,
   results,
   shapeOf,
   slopes,
@@ -33,7 +34,7 @@ import {
   type Values,
   word,
 } from "../vectors.ts";
-import { selecting } from "./parts.ts";
+import { expertActivation, selecting } from "./parts.ts";
 
 export const xMoEFamily: Family = async (one, on) => {
   const [x, projection, embeddings] = [
@@ -43,7 +44,7 @@ export const xMoEFamily: Family = async (one, on) => {
   ];
   const [dimension = 0, width = 0] = shapeOf(projection);
   const [experts = 0] = shapeOf(embeddings);
-  const base: XMoEOptions = { k: number(one, "k"), dimension, balanceTemperature: number(one, "tau_balance") };
+  const base: XMoEOptions = { k: number(one, "k"), dimension, balanceTemperature: numberOr(one, "tau_balance", 0.3) };
   const temperature = number(one, "tau");
   const route = (plugin: RouterPlugin, hidden: Tensor): Routed => {
     const router = plugin.init(routerContext(on, { experts, width }));
@@ -70,11 +71,13 @@ export const xMoEFamily: Family = async (one, on) => {
       tutel_logits_at_init: route(xMoE({ ...base, variant: "tutel" }), hidden).logits as Tensor,
     };
   });
+  // With one expert the vectors have a number for each token.
+  const list = (values: Values): Values => (base.k === 1 ? flat(values) : values);
   return {
     ...found,
-    expert: flat(found.expert),
-    gate_softmax: flat(found.gate_softmax),
-    gate_sigmoid: flat(found.gate_sigmoid),
+    expert: list(found.expert),
+    gate_softmax: list(found.gate_softmax),
+    gate_sigmoid: list(found.gate_sigmoid),
     grad_sum_of_gate_wrt_x: await slopes(on, x, (hidden) => sum(sparse(route(softmaxGate, hidden)).weights)),
   };
 };
@@ -120,16 +123,22 @@ export const softMoEFamily: Family = async (one, on) => {
   const [x, phi, matrices] = [given(one.inputs, "x"), given(one.inputs, "phi"), given(one.inputs, "w_expert")];
   const [width = 0, count = 0] = shapeOf(phi);
   const scale = number(one, "scale");
+  const act = expertActivation(one, "tanh");
   const layer = (normalise: boolean, seen?: (rows: Tensor) => void) => {
     const experts: Experts = {
       count,
       params: { w: transpose(tensor(on, matrices), [0, 2, 1]) }, // [experts, out, in]
       apply(params, rows, ends) {
         seen?.(rows);
-        return { output: tanh(groupedMatmul(rows, leaf(params, "w"), ends)) };
+        return { output: act(groupedMatmul(rows, leaf(params, "w"), ends)) };
       },
     };
-    const plugin = softMoE({ slots: number(one, "slots_per_expert"), normalise, scale });
+    const plugin = softMoE({
+      slots: number(one, "slots_per_expert"),
+      normalise,
+      scale,
+      epsilon: numberOr(one, "norm_eps", 1e-6),
+    });
     const made = moeLayer(plugin, { engine: on, width }, { experts });
     const params = {
       router: { phi: transpose(tensor(on, phi), [1, 2, 0]), scale: tensor(on, scale) },
@@ -171,7 +180,12 @@ export const softMoEFamily: Family = async (one, on) => {
 export const dynMoLEFamily: Family = async (one, on) => {
   const logits = given(one.inputs, "logits");
   const [, experts = 0] = shapeOf(logits);
-  const [entropyLoss, balance] = [number(one, "dyn_loss_coef"), number(one, "aux_loss_coef")];
+  // The losses are there whatever their weight, which comes on top.
+  const weights: Readonly<Record<string, number>> = {
+    entropy: number(one, "dyn_loss_coef"),
+    balance: number(one, "aux_loss_coef"),
+  };
+  only(one, "entropy_type", ["renyi", "tsallis"]);
   const options: DynMoLEOptions = {
     k: number(one, "keep_top_k"),
     topP: number(one, "top_p"),
@@ -179,12 +193,15 @@ export const dynMoLEFamily: Family = async (one, on) => {
     entropy: word(one, "entropy_type") === "renyi" ? "renyi" : "tsallis",
     q: number(one, "entropy_index"),
     epsilon: number(one, "entropy_eps"),
-    entropyLoss,
-    balance,
+    entropyLoss: 1,
+    balance: 1,
   };
   const select = selecting(on, dynMoLE(options), experts);
   const total = ({ losses }: Routed): Tensor =>
-    Object.values(losses).reduce<Tensor>((all, { value, weight }) => add(all, mul(value, weight)), tensor(on, 0));
+    Object.entries(losses).reduce<Tensor>(
+      (all, [name, { value, weight }]) => add(all, mul(value, weight * given(weights, name))),
+      tensor(on, 0),
+    );
   const found = await results(on, () => {
     const routed = select(tensor(on, logits), { training: true });
     const { entropy, high } = dynMoLEPlan(tensor(on, logits), options);

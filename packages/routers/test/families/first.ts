@@ -22,6 +22,7 @@ import {
   flat,
   given,
   number,
+  numberOr,
   results,
   shapeOf,
   slopes,
@@ -49,7 +50,7 @@ export const topKFamily: Family = async (one, on) => {
   const raw = await routed({ k, order: "softmax-topk" });
   const after = await routed({ k, order: "topk-softmax" });
   const sigmoid = await routed({ k, order: "sigmoid" });
-  const topP = number(one, "top_p");
+  const topP = numberOr(one, "top_p", 1);
   const nucleus = await routed({ k: experts, order: "softmax-topk", topP });
   const nucleusOne = await routed({ k: experts, order: "softmax-topk-renormalise", topP });
   const kept = (nucleus.ids as readonly Values[]).map((row) => flat(row).filter((e) => e >= 0));
@@ -75,9 +76,12 @@ export const switchFamily: Family = async (one, on) => {
   const experts = shapeOf(w)[1] ?? 0;
   const [factor, jitter, alpha] = [number(one, "capacity_factor"), number(one, "jitter_eps"), number(one, "alpha")];
   const plugin = switchRouter({ capacityFactor: factor, jitter, balance: alpha });
-  // The vector's noise is the factor 1 - jitter + 2 jitter u; the router draws u.
+  // The vector's noise is the factor 1 - jitter + 2 jitter u; the router draws u. Without jitter it draws nothing.
   const u = (given(one.inputs, "jitter") as readonly Values[]).map((row) =>
-    flat(row).map((n) => (n - 1 + jitter) / (2 * jitter)),
+    flat(row).map((n) => {
+      if (jitter === 0 && n !== 1) throw new Error(`a case without jitter multiplies by ${n}`);
+      return jitter === 0 ? 0.5 : (n - 1 + jitter) / (2 * jitter);
+    }),
   );
   const capacity = capacityOf({ tokens, experts, factor });
 

@@ -51,8 +51,10 @@ import {
   flat,
   given,
   number,
+  only,
   results,
   shapeOf,
+  sized,
   sparse,
   tensor,
   turned,
@@ -73,14 +75,14 @@ const lossOf = ({ losses }: Routed, name: string): Tensor => {
 const nullOptions = (one: VectorCase): NullExpertsOptions => ({ k: number(one, "K"), rho: number(one, "rho") });
 
 const nullRouteFamily: Family = async (one, on) => {
-  const logits = given(one.inputs, "routerLogits");
-  const [k, rho, experts, copies] = ["K", "rho", "N", "M"].map((name) => number(one, name)) as [
-    number,
-    number,
-    number,
-    number,
-  ];
-  const tokens = number(one, "T");
+  const experts = number(one, "N");
+  const rho = number(one, "rho");
+  const copies = nullCopies(experts, rho);
+  sized(one, "M", copies);
+  // Without copies there is no null logit.
+  const logits = rows(given(one.inputs, "routerLogits")).map((row) => (copies === 0 ? row.slice(0, experts) : row));
+  const [k, tokens] = [number(one, "K"), logits.length];
+  sized(one, "T", tokens);
   const route = (more: Partial<NullExpertsOptions> = {}): Routed =>
     selecting(on, nullExperts({ ...nullOptions(one), ...more }), experts)(tensor(on, logits), { training: true });
   const found = await results(on, () => {
@@ -108,7 +110,7 @@ const nullRouteFamily: Family = async (one, on) => {
   const load = flat(found.load);
   const [text = Number.NaN, vision = Number.NaN] = flat(found.intensity);
   return {
-    nullCopies: nullCopies(experts, rho),
+    nullCopies: copies,
     topkReal: realOnly.map((row) => row.filter((e) => e >= 0)),
     realPerToken: found.real,
     gates: dense(realOnly, found.weights, experts),
@@ -139,12 +141,17 @@ const linearExperts = (weights: Tensor): Experts => ({
 const nullLayerFamily: Family = async (one, on) => {
   const [x, w] = [given(one.inputs, "X"), rows(given(one.inputs, "W"))];
   const [experts, width] = [number(one, "N"), number(one, "D")];
+  const copies = nullCopies(experts, number(one, "rho"));
+  sized(one, "M", copies);
   const found = await results(on, () => {
     const hidden = tensor(on, x);
     const routed = linearExperts(tensor(on, given(one.inputs, "experts")));
     const shared = linearExperts(tensor(on, [given(one.inputs, "shared")]));
     const layer = moeLayer(nullExperts(nullOptions(one)), { engine: on, width }, { experts: routed });
-    const router = { weight: tensor(on, w.slice(0, experts)), null: tensor(on, w.slice(experts)) };
+    const router = {
+      weight: tensor(on, w.slice(0, experts)),
+      ...(copies === 0 ? {} : { null: tensor(on, w.slice(experts)) }),
+    };
     const alone = moe(layer, { ...(layerParams(layer) as object), router }, layerInput(layer, hidden));
     const both = { ...layer, shared: [{ experts: shared }] };
     const { output } = moe(both, { ...(layerParams(both) as object), router }, layerInput(both, hidden));
@@ -312,7 +319,7 @@ const raceFamily: Family = async (one, on) => {
 
 const similaritySanityFamily: Family = async (one, on) => {
   const found: Record<string, Values> = {};
-  for (const name of ["uniform", "collapsed", "diverse"]) {
+  for (const name of Object.keys(one.inputs).flatMap((path) => /^(.+)\.logits$/.exec(path)?.[1] ?? [])) {
     const [logits, mask] = [given(one.inputs, `${name}.logits`), given(one.inputs, `${name}.mask`)];
     const values = await results(on, () => {
       const [x, assigned] = [tensor(on, logits), tensor(on, mask)];
@@ -330,16 +337,22 @@ const similaritySanityFamily: Family = async (one, on) => {
         usage: combinationUsage(together),
       };
     });
-    found[`${name}.loss`] = values.loss;
-    if (name === "uniform") continue;
-    found[`${name}.switchBalanceLoss`] = values.balance;
-    found[`${name}.maxVio`] = values.violation;
-    found[`${name}.combinationUsage95`] = values.usage;
+    const measures = {
+      loss: values.loss,
+      switchBalanceLoss: values.balance,
+      maxVio: values.violation,
+      combinationUsage95: values.usage,
+    };
+    // Of uniform logits only the loss is told.
+    for (const [measure, value] of Object.entries(measures))
+      if (`${name}.${measure}` in one.expected) found[`${name}.${measure}`] = value;
   }
   return found;
 };
 
 const perLayerFamily: Family = async (one, on) => {
+  only(one, "gelu", ["exact erf"]);
+  only(one, "reduction", ["mean over tokens and outputs, then mean over layers"]);
   const target = given(one.inputs, "target");
   const outputs = shapeOf(target)[1] ?? 0;
   const found: Record<string, Values> = {};
@@ -424,9 +437,16 @@ async function runLayer(
   return { expert: flat(expert), output: rows(output) };
 }
 
+/** How many points the grid of an expected name has: "supErrorGrid4096" has 4096. */
+function gridOf(one: VectorCase, name: string): number {
+  const found = Object.keys(one.expected).find((key) => key.startsWith(name));
+  return Number(found?.slice(name.length) || 4096);
+}
+
 const cubesFamily: Family = async (one, on) => {
   const [experts, layers, neurons] = [number(one, "E"), number(one, "L"), number(one, "width")];
   const x = rows(given(one.inputs, "X"));
+  const grid = gridOf(one, "supErrorPerExpertGrid");
   const part =
     (layer: number, i: number) =>
     (z: number): number =>
@@ -447,8 +467,8 @@ const cubesFamily: Family = async (one, on) => {
     output = step.output;
     for (const [t, e] of step.expert.entries()) paths[t]?.push(e);
     for (const [e, piece] of pieces(layer).entries())
-      for (let j = 0; j <= 4000; j++) {
-        const z = e + j / 4000;
+      for (let j = 0; j < grid; j++) {
+        const z = e + j / (grid - 1);
         worst = Math.max(worst, Math.abs(piece.at(z) - part(layer, e + 1)(z)));
       }
   }
@@ -456,7 +476,7 @@ const cubesFamily: Family = async (one, on) => {
     expert: paths,
     exact: x.map((row, t) => row.map((z, layer) => part(layer, (paths[t]?.[layer] ?? 0) + 1)(z))),
     approx: output,
-    supErrorPerExpertGrid4001: worst,
+    [`supErrorPerExpertGrid${grid}`]: worst,
   };
 };
 
@@ -483,14 +503,21 @@ const circleFamily: Family = async (one, on) => {
     return { expert, approx: output.map((row) => row[0] ?? Number.NaN), exact };
   };
   const few = await at(flat(given(one.inputs, "angles")));
-  const grid = await at(Array.from({ length: 4096 }, (_, i) => (2 * Math.PI * (i + 0.5)) / 4096));
-  const errors = grid.approx.map((y, i) => Math.abs(y - (grid.exact[i] ?? Number.NaN)));
+  // The errors of the construction itself, in float64: rounding of single outputs is beside them.
+  const points = gridOf(one, "supErrorGrid");
+  const angles = Array.from({ length: points }, (_, i) => (2 * Math.PI * (i + 0.5)) / points);
+  const { expert, exact } = await at(angles);
+  const errors = angles.map((a, i) => {
+    const { at = () => Number.NaN, direction = [] } = pieces[expert[i] ?? -1] ?? {};
+    const along = Math.cos(a) * (direction[0] ?? 0) + Math.sin(a) * (direction[1] ?? 0);
+    return Math.abs(at(along) - (exact[i] ?? Number.NaN));
+  });
   return {
     expert: few.expert,
     approx: few.approx,
     exact: few.exact,
-    supErrorGrid4096: errors.reduce((most, error) => Math.max(most, error), 0),
-    rmseGrid4096: Math.sqrt(errors.reduce((total, error) => total + error * error, 0) / errors.length),
+    [`supErrorGrid${points}`]: errors.reduce((most, error) => Math.max(most, error), 0),
+    [`rmseGrid${points}`]: Math.sqrt(errors.reduce((total, error) => total + error * error, 0) / errors.length),
   };
 };
 

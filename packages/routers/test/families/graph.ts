@@ -22,6 +22,8 @@ import {
   flat,
   given,
   number,
+  numberOr,
+  only,
   results,
   shapeOf,
   sparse,
@@ -50,16 +52,18 @@ function routed(plugin: RouterPlugin, one: VectorCase, hidden: Tensor, more: Tre
 
 const similarityFamily: Family = async (one, on) => {
   const k = number(one, "k");
+  only(one, "mixSpace", ["prob", "logit"]);
   const mixing = word(one, "mixSpace") === "prob" ? "probabilities" : "logits";
   const causal = number(one, "causal") === 1;
   const temperature = number(one, "tau");
   const { Ws } = one.inputs;
+  const bias = one.inputs.brouter !== undefined;
   const similarity = Ws === undefined ? "identity" : "learned";
   const found = await results(on, () => {
     const hidden = tensor(on, given(one.inputs, "U"));
-    const plugin = similarityAware({ k, mixing, causal, temperature, similarity, bias: true });
+    const plugin = similarityAware({ k, mixing, causal, temperature, similarity, bias });
     const own = routed(plugin, one, hidden, Ws === undefined ? {} : { similarity: tensor(on, Ws) });
-    const baseline = sparse(routed(topK({ k, bias: true }), one, hidden, {}));
+    const baseline = sparse(routed(topK({ k, bias }), one, hidden, {}));
     const keys = Ws === undefined ? hidden : linear(hidden, tensor(on, Ws));
     const row = (x: Tensor): Tensor => reshape(x, [1, ...x.shape]);
     const S = similarityGraph(row(hidden), row(keys), { causal, temperature }); // [1, N, N]
@@ -85,7 +89,10 @@ const similarityFamily: Family = async (one, on) => {
 
 const attentionFamily: Family = async (one, on) => {
   const k = number(one, "k");
+  only(one, "headAggregation", ["mean", "min-entropy"]);
   const rule = word(one, "headAggregation");
+  const causal = numberOr(one, "causal", 1) === 1;
+  const bias = one.inputs.brouter !== undefined;
   const options =
     rule === "mean"
       ? ({ headAggregation: "mean" } as const)
@@ -96,12 +103,12 @@ const attentionFamily: Family = async (one, on) => {
     const hidden = tensor(on, given(one.inputs, "U"));
     const seen = hostConstant(
       hidden,
-      Float32Array.from({ length: n * n }, (_, i) => Number(i % n <= Math.floor(i / n))),
+      Float32Array.from({ length: n * n }, (_, i) => Number(!causal || i % n <= Math.floor(i / n))),
       [n, n],
     );
-    // What a causal block supplies: the vector has its scores before the mask.
+    // What the block supplies: the vector has its scores before the mask.
     const attention = reshape(softmax(where(less(0, seen), tensor(on, logits), -Infinity)), [1, heads, n, n]);
-    const own = routed(attentionAware({ k, ...options }), one, hidden, {}, attention);
+    const own = routed(attentionAware({ k, bias, ...options }), one, hidden, {}, attention);
     const entropies = headEntropies(attention); // [1, n, heads]
     const layout = { batch: 1, sequence: n, past: 0 };
     const { chosen, graph } = quietestHead(attention, entropies, { layout, over: "sequence" });

@@ -7,12 +7,25 @@ import { daMoE, expertCounts, importanceOf, receivedAttention } from "../../src/
 import { maskMoE } from "../../src/mask-moe.ts";
 import { leaf } from "../../src/parts.ts";
 import { rMoE } from "../../src/r-moe.ts";
-import { dense, type Family, flat, given, number, results, shapeOf, sparse, tensor, type Values } from "../vectors.ts";
+import {
+  dense,
+  type Family,
+  flat,
+  given,
+  number,
+  results,
+  shapeOf,
+  sized,
+  sparse,
+  tensor,
+  type Values,
+} from "../vectors.ts";
 import { weighted } from "./parts.ts";
 
 export const baseFamily: Family = async (one, on) => {
   const centroids = given(one.inputs, "expert_centroids");
   const [experts = 0, width = 0] = shapeOf(centroids);
+  sized(one, "tokens_per_expert", (shapeOf(given(one.inputs, "x"))[0] ?? 0) / experts);
   const router = base().init(routerContext(on, { experts, width }));
   const found = await results(on, () => {
     const hidden = tensor(on, given(one.inputs, "x"));
@@ -99,6 +112,7 @@ export const rMoEFamily: Family = async (one, on) => {
   const [xs, projections, outs] = ["x_per_layer", "w_proj_per_layer", "w_out_per_layer"].map(
     (name) => given(one.inputs, name) as readonly Values[],
   ) as [readonly Values[], readonly Values[], readonly Values[]];
+  sized(one, "layers", xs.length);
   const [size = 0, width = 0] = shapeOf(projections[0] ?? []);
   const [experts = 0] = shapeOf(outs[0] ?? []);
   // A record of arrays by name.

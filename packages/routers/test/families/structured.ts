@@ -1,16 +1,6 @@
 // Vectors of VQMoE, MoGE, ViMoE's shared expert with its analysis, and the gates of theory.
+import { add, broadcastTo, entmax15, reshape, type Tensor } from "@switchyard/core";
 import {
-  broadcastTo,
-  type Engine,
-  entmax15,
-  groupedMatmul,
-  reshape,
-  type Tensor,
-  tanh,
-  transpose,
-} from "@switchyard/core";
-import {
-  type Experts,
   layerInput,
   layerParams,
   moe,
@@ -21,7 +11,6 @@ import {
 } from "@switchyard/core/moe";
 import { routerContext, routerInput } from "@switchyard/testing";
 import { groupPenalty, moge } from "../../src/moge.ts";
-import { leaf } from "../../src/parts.ts";
 import { hierarchicalGate, type TheoryGatesOptions, theoryGates } from "../../src/theory-gates.ts";
 import { classSpecialisation, routingHeatMap, viMoE } from "../../src/vi-moe.ts";
 import { codeDistances, quantize, vqMoE } from "../../src/vq-moe.ts";
@@ -31,24 +20,17 @@ import {
   flat,
   given,
   number,
+  numberOr,
   results,
   shapeOf,
+  sized,
   slopes,
   sparse,
   tensor,
   turned,
   type Values,
 } from "../vectors.ts";
-import { selecting } from "./parts.ts";
-
-/** Experts tanh(x W_e) for matrices [experts, in, out]. */
-function tanhExperts(on: Engine, matrices: Values): Experts {
-  return {
-    count: shapeOf(matrices)[0] ?? 0,
-    params: { w: transpose(tensor(on, matrices), [0, 2, 1]) }, // [experts, out, in]
-    apply: (params, rows, ends) => ({ output: tanh(groupedMatmul(rows, leaf(params, "w"), ends)) }),
-  };
-}
+import { expertActivation, plainExperts, selecting } from "./parts.ts";
 
 export const vqMoEFamily: Family = async (one, on) => {
   const [x, codebook, matrices] = [
@@ -58,10 +40,12 @@ export const vqMoEFamily: Family = async (one, on) => {
   ];
   const [codes = 0, width = 0] = shapeOf(codebook);
   const [tokens = 0, experts] = [shapeOf(x)[0], number(one, "experts")];
-  const commitment = number(one, "beta");
+  const [commitment, act] = [numberOr(one, "beta", 0.25), expertActivation(one, "tanh")];
+  const blend = number(one, "official_contrib_rate");
+  if (blend === 0) throw new Error("official_contrib_rate = 0: a blend of 0 stands for no blend at all");
   const options = { k: 1, codes, commitment } as const;
   const layer = (plugin = vqMoE(options)) => {
-    const made = moeLayer(plugin, { engine: on, width }, { experts: tanhExperts(on, matrices) });
+    const made = moeLayer(plugin, { engine: on, width }, { experts: plainExperts(on, matrices, act) });
     const router = {
       weight: on.tensor(new Float64Array(experts * width), [experts, width]),
       codebook: tensor(on, codebook),
@@ -95,7 +79,7 @@ export const vqMoEFamily: Family = async (one, on) => {
       gateTopK: sparse(routed).weights, // with k = 1 the gate itself
       discrete: moe(alone.made, alone.params, layerInput(alone.made, hidden)).output,
       output: whole.output,
-      blended: quantize(hidden, tensor(on, codebook), { blend: number(one, "official_contrib_rate") }).rows,
+      blended: quantize(hidden, tensor(on, codebook), { blend }).rows,
     };
   });
   return {
@@ -116,14 +100,17 @@ export const vqMoEFamily: Family = async (one, on) => {
 export const moGEFamily: Family = async (one, on) => {
   const z = given(one.inputs, "routing_input");
   const experts = shapeOf(z)[1] ?? 0;
-  const [height, epsilon] = [number(one, "height"), number(one, "eps")];
+  const [height, epsilon] = [number(one, "height"), numberOr(one, "eps", 1e-8)];
+  sized(one, "width", experts / height);
   const map = { height, epsilon } as const;
   const penalty = (of: Tensor, kernel: "uniform" | "gaussian", padding: "zero" | "torus"): Tensor =>
     groupPenalty(of, { ...map, kernel, padding });
   const found = await results(on, () => {
+    // The router's own penalty has the usual epsilon.
     const select = selecting(on, moge({ k: 1, height }), experts);
+    const own = select(tensor(on, z), { training: true }).losses.group?.value as Tensor;
     return {
-      uniform3_zero_pad: select(tensor(on, z), { training: true }).losses.group?.value as Tensor,
+      uniform3_zero_pad: epsilon === 1e-8 ? own : penalty(tensor(on, z), "uniform", "zero"),
       uniform3_torus: penalty(tensor(on, z), "uniform", "torus"),
       gauss3_zero_pad: penalty(tensor(on, z), "gaussian", "zero"),
       gauss3_torus: penalty(tensor(on, z), "gaussian", "torus"),
@@ -140,18 +127,21 @@ export const sharedExpertsFamily: Family = async (one, on) => {
   const [width = 0, experts = 0] = shapeOf(w);
   const labels = flat(given(one.inputs, "class_id"));
   const classes = Math.max(...labels) + 1;
-  const output = (shared?: SharedExperts): { readonly output: Tensor; readonly routed: Routed } => {
-    const parts = { experts: tanhExperts(on, own), ...(shared ? { shared: [shared] } : {}) };
-    const plugin = viMoE({ k: number(one, "k"), shared: shared ? 1 : 0 });
+  const act = expertActivation(one, "tanh");
+  const sharedMatrices = given(one.inputs, "w_shared") as readonly Values[];
+  sized(one, "shared", sharedMatrices.length);
+  const output = (shared: readonly SharedExperts[]): { readonly output: Tensor; readonly routed: Routed } => {
+    const parts = { experts: plainExperts(on, own, act), shared };
+    const plugin = viMoE({ k: number(one, "k"), shared: shared.length });
     const layer = moeLayer(plugin, { engine: on, width }, parts);
     const params = { ...(layerParams(layer) as Readonly<Record<string, Tensor>>) };
     const router = { weight: tensor(on, turned(w)) };
     return moe(layer, { ...params, router }, layerInput(layer, tensor(on, x)));
   };
   const found = await results(on, () => {
-    const shared = tanhExperts(on, given(one.inputs, "w_shared"));
+    const shared = sharedMatrices.map((matrix) => plainExperts(on, [matrix], act));
     const gate = tensor(on, turned(given(one.inputs, "w_shared_gate"))); // [1, width]
-    const routed = output();
+    const routed = output([]);
     const { experts: ids, weights } = sparse(routed.routed);
     const heat = routingHeatMap(ids, on.tensor(Int32Array.from(labels), [labels.length]), { experts, classes });
     const all = on.tensor(Int32Array.of(labels.length), [1]);
@@ -160,9 +150,11 @@ export const sharedExpertsFamily: Family = async (one, on) => {
       ids,
       weights,
       routed: routed.output,
-      shared: shared.apply(shared.params, tensor(on, x), all, layout).output,
-      both: output({ experts: shared }).output,
-      gated: output({ experts: shared, gate }).output,
+      shared: shared
+        .map((experts) => experts.apply(experts.params, tensor(on, x), all, layout).output)
+        .reduce((total, one) => add(total, one)),
+      both: output(shared.map((experts) => ({ experts }))).output,
+      gated: output(shared.map((experts) => ({ experts, gate }))).output,
       heat,
       special: classSpecialisation(heat),
     };

@@ -41,12 +41,15 @@ import {
 import { topK } from "../../src/top-k.ts";
 import {
   dense,
+  expertsOf,
   type Family,
   flat,
   given,
   number,
+  only,
   results,
   shapeOf,
+  sized,
   slopes,
   sparse,
   tensor,
@@ -65,7 +68,9 @@ export const dispatchFamily: Family = async (one, on) => {
   const [x, scale] = [given(one.inputs, "x"), flat(given(one.inputs, "expert_scale"))];
   const indices = given(one.inputs, "indices");
   const [tokens = 0, width = 0] = shapeOf(x);
-  const [experts, k] = [scale.length, number(one, "k")];
+  const [experts, k] = [scale.length, shapeOf(indices)[1] ?? 0];
+  sized(one, "k", k);
+  only(one, "expert", ["scale_e * x"]);
   const found = await results(on, () => {
     const ids = on.tensor(Int32Array.from(flat(indices)), shapeOf(indices));
     const plan: SparsePlan = { kind: "sparse", experts: ids, weights: tensor(on, given(one.inputs, "weights")) };
@@ -102,6 +107,7 @@ export const capacityFamily: Family = async (one, on) => {
   const [, experts = 0] = shapeOf(logits);
   const [k, factor] = [number(one, "k"), number(one, "capacity_factor")];
   const policies: Readonly<Record<string, DropPolicy>> = { probs: "probability", position: "position" };
+  only(one, "softmax", ["before_topk", "after_topk"]);
   const order = word(one, "softmax") === "before_topk" ? "softmax-topk" : "topk-softmax";
   let capacity = Number.NaN;
   const found = await results(on, () => {
@@ -130,6 +136,7 @@ export const lossesFamily: Family = async (one, on) => {
   const layerLogits = members(given(one.inputs, "layer_logits"));
   const concatenated = layerLogits.flatMap((layer) => members(layer));
   const [k, batch] = [number(one, "k"), number(one, "batch")];
+  sized(one, "layers", layerLogits.length);
   const [first] = layerLogits;
   if (first === undefined) throw new Error("a case without layers");
   const [tokens = 0, experts = 0] = shapeOf(first);
@@ -170,9 +177,14 @@ export const esftFamily: Family = async (one, on) => {
   const [indices, gates] = [members(given(one.inputs, "indices")), members(given(one.inputs, "gates"))];
   const [batch, sequence, k] = [lengths.length, Math.max(...lengths), number(one, "k")];
   const layers = members(indices[0]).length;
-  // The number of experts stands only in the id, and in the lengths of what is expected.
-  const rows = Object.values(one.expected).flatMap((values) => (typeof values === "number" ? [] : values));
-  const experts = Number(/_E(\d+)_/.exec(one.id)?.[1] ?? Math.max(...rows.map((row) => flat(row).length)));
+  const experts = expertsOf(one);
+  // A selection is a set: the file may list it in any order.
+  const selected = (name: string, found: readonly (readonly number[])[]): readonly (readonly number[])[] =>
+    found.map((own, layer) => {
+      const wanted = flat(members(one.expected[name] ?? [])[layer] ?? []);
+      const same = own.length === wanted.length && own.every((e) => wanted.includes(e));
+      return same ? wanted : own;
+    });
   /** The samples of one layer, each filled up to the longest: [batch * sequence * k]. */
   const padded = (samples: readonly Values[], layer: number, filling: number): number[] =>
     samples.flatMap((sample, i) => {
@@ -202,8 +214,8 @@ export const esftFamily: Family = async (one, on) => {
     average_gate_score: bySample.gate,
     average_gate_score_layer_normalised: normal,
     token_selection_ratio: bySample.token,
-    selected_gate: selectExperts(normal, number(one, "p_gate")),
-    selected_token: selectExperts(bySample.token, number(one, "p_token")),
+    selected_gate: selected("selected_gate", selectExperts(normal, number(one, "p_gate"))),
+    selected_token: selected("selected_token", selectExperts(bySample.token, number(one, "p_token"))),
     repo_pooled_gate_layer_normalised: normaliseScores(pooled.gate),
     repo_pooled_token_layer_normalised: normaliseScores(pooled.token),
     repo_as_written_axis0_gate: normaliseScores(pooled.gate, { over: "layers" }),

@@ -4,7 +4,19 @@ import { type ConvolutionKind, convolve, effectiveKernel } from "@switchyard/cor
 import type { Routed } from "@switchyard/core/moe";
 import { routerContext, routerInput } from "@switchyard/testing";
 import { type FuseMoEOptions, fuseMoE, modalityMeans } from "../../src/fuse-moe.ts";
-import { dense, type Family, flat, given, number, results, shapeOf, sparse, tensor, type Values } from "../vectors.ts";
+import {
+  dense,
+  type Family,
+  flat,
+  given,
+  number,
+  only,
+  results,
+  shapeOf,
+  sparse,
+  tensor,
+  type Values,
+} from "../vectors.ts";
 
 /** Rows of a list of that many, in groups: [n * m, ...] -> [n, m, ...]. */
 const grouped = (rows: readonly Values[], m: number): Values[] =>
@@ -110,6 +122,7 @@ const kinds: Readonly<Record<string, ConvolutionKind>> = {
 
 export const moeFFDFamily: Family = async (one, on) => {
   const [x, weight, bias] = [given(one.inputs, "x"), given(one.inputs, "weight"), given(one.inputs, "bias")];
+  only(one, "padding", ["same"]);
   return results(on, () => {
     // The vectors have channels first.
     const images = transpose(tensor(on, x), [0, 2, 3, 1]); // [images, height, width, in]

@@ -1,10 +1,12 @@
 // How products read their two sides: one WGSL loader for every storage format. Tiles, few-row products and grouped
 // products are written against these functions only, so each of them takes every format; narrow weights are widened
 // here, on the way in.
-import type { QuantizedFormat } from "@switchyard/core";
+import type { QuantizedFormat as StoredFormat } from "@switchyard/core";
 import type { Element, ParamType } from "../program.ts";
 import { memo } from "./parts.ts";
 
+/** What core stores in few bits, and kernels here read; the others take core's composite. */
+export type QuantizedFormat = Exclude<StoredFormat, "fp8">;
 export type Format = "f32" | "f16" | "bf16" | QuantizedFormat;
 
 /**

@@ -1,12 +1,18 @@
 // Weights of few bits: their values, and products that widen codes while loading them. Products are those of matmul.ts
 // and experts.ts, with another loader (operands.ts).
-import type { Kernel, Quantized, Spec } from "@switchyard/core";
+import type { Kernel, Spec, Quantized as Stored } from "@switchyard/core";
 import type { Gpu, WebgpuHandle } from "../device.ts";
 import { type Program, program } from "../program.ts";
 import { recordGrouped } from "./experts.ts";
 import { cuts, type Matrix, operandOf, partAt, quantizedReads, recordLinear } from "./matmul.ts";
-import { keyOf, type Operand, operandParams, operandReads, operandText } from "./operands.ts";
+import { keyOf, type Operand, operandParams, operandReads, operandText, type QuantizedFormat } from "./operands.ts";
 import { at, type Input, lastOf, type Refusal } from "./parts.ts";
+
+/** The formats that are not refused. */
+interface Quantized {
+  readonly format: QuantizedFormat;
+  readonly group: number;
+}
 
 /** Stored weights [..., lines, length]. */
 function weightsOf(codes: Input, scales: Input, zeros: Input | undefined, { format, group }: Quantized): Matrix {
@@ -63,7 +69,8 @@ type Family = "dequantize" | "quantizedLinear" | "quantizedGroupedMatmul";
 
 const dtypesOf =
   (codes: number): Refusal =>
-  (inputs: readonly Spec[]) => {
+  (inputs: readonly Spec[], { format }: Stored) => {
+    if (format === "fp8") return "weights in fp8 have no kernel yet";
     const packed = inputs.findIndex((x) => x.format !== undefined);
     if (packed >= 0) return `input ${packed} has the format ${inputs[packed]?.format}`;
     if (codes > 0 && inputs[0]?.dtype !== "f32") return `input 0 is ${inputs[0]?.dtype}`;
