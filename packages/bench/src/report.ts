@@ -91,9 +91,9 @@ select { font: inherit; color: inherit; background: var(--paper); border: 1px so
   body { padding: 1.5rem .9rem 3rem; font-size: 1rem; }
   .wide { display: none; } .narrow { display: block; } .pair { grid-template-columns: 1fr; }
   thead { display: none; } table, tbody, tr, th, td { display: block; border: 0; }
-  tbody tr { border-top: 1px solid var(--rule); padding: .6rem 0; display: grid; grid-template-columns: 1fr 1fr; gap: .1rem 1rem; }
+  tbody tr { border-top: 1px solid var(--rule); padding: .6rem 0; display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: .1rem 1rem; }
   tbody th { grid-column: 1 / -1; padding: 0 0 .2rem; } td { display: flex; justify-content: space-between; gap: .6rem; padding: .1rem 0; text-align: right; }
-  td::before { content: attr(data-label); color: var(--muted); font-weight: 400; text-align: left; }
+  td::before { content: attr(data-label); color: var(--muted); font-weight: 400; text-align: left; white-space: normal; }
   td small { display: inline; margin-left: .3em; } td:empty { display: none; } .best::before { content: attr(data-label) " ▸"; }
 }
 @media print { .controls { display: none; } body { max-width: none; } }

@@ -306,7 +306,7 @@ describe("routing", () => {
     for (const [i, plan] of plans.entries()) {
       const workload = routing(host, { ...size, router: plugin(plan) });
       const expected = Array.from(x, (value, at) => value * (shares[i]?.[Math.floor(at / 4)] ?? 0));
-      expect(relativeError(await read(workload), expected)).toBeLessThan(1e-12);
+      for (let run = 0; run < 2; run++) expect(relativeError(await read(workload), expected)).toBeLessThan(1e-12);
       workload.dispose();
       expect(host.live()).toBe(0);
     }

@@ -1,5 +1,5 @@
 // What a router costs: scores, choice, sorting, gathering and combining of a layer whose experts give back what they get.
-import { type Engine, leaves, random, softmax, type Tensor } from "@switchyard/core";
+import { type Engine, leaves, mul, random, softmax, type Tensor } from "@switchyard/core";
 import {
   type Experts,
   layerInput,
@@ -28,7 +28,8 @@ export function identityExperts(count: number): Experts {
     count,
     params: {},
     apply: (_, rows) => ({ output: rows }),
-    mixed: (_, hidden) => hidden,
+    // A tensor of its own: the caller disposes what it gets.
+    mixed: (_, hidden) => mul(hidden, 1),
   };
 }
 
@@ -56,7 +57,15 @@ function inputOf(engine: Engine, layer: MoELayer, { tokens, width, training = fa
 export function routing(engine: Engine, one: RoutingCase): Workload {
   const { router, experts, width, tokens } = one;
   const context = { engine, width, heads, vocabulary, tokenCounts: new Float64Array(vocabulary).fill(1) };
-  const layer = moeLayer(router, { ...context, random: random(engine, 3) }, { experts: identityExperts(experts) });
+  const { sharedExperts = 0 } = router;
+  const layer = moeLayer(
+    router,
+    { ...context, random: random(engine, 3) },
+    {
+      experts: identityExperts(experts),
+      ...(sharedExperts > 0 ? { shared: [{ experts: identityExperts(sharedExperts) }] } : {}),
+    },
+  );
   const params = layerParams(layer);
   const input = inputOf(engine, layer, one);
   return {
