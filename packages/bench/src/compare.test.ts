@@ -283,6 +283,25 @@ describe("compareRouters", async () => {
     },
   );
 
+  test("the hooks of a contender are made anew for every run and asked in every step", async () => {
+    const { options, prepared } = setup("hooks", 3);
+    const asked: number[][] = [];
+    const hooks = () => {
+      const steps: number[] = [];
+      asked.push(steps);
+      return [
+        { name: "counting", beforeStep: ({ step }: { readonly step: number }) => ({ counted: steps.push(step) }) },
+      ];
+    };
+    const [contender] = options.contenders;
+    if (contender === undefined) throw new Error("a contender");
+    await compareRouters({ ...options, contenders: [{ ...contender, hooks }] }, prepared);
+    expect(asked).toEqual([
+      [0, 1, 2],
+      [0, 1, 2],
+    ]);
+  });
+
   test("a damaged snapshot is refused before anything is trained", async () => {
     const { options, prepared, folder } = setup("damaged", 23);
     const control = new AbortController();

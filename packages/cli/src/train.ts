@@ -141,7 +141,7 @@ function samePlugins(routers: readonly NamedRouter[], { plugins = {} }: RunFile)
 }
 
 /** Seconds for all runs where nothing is said: three minutes for up to five routers, and as much for each further one. */
-const defaultTime = (routers: number): number => 36 * Math.max(5, routers);
+export const defaultTime = (routers: number): number => 36 * Math.max(5, routers);
 
 /** "2026-01-02-0304": when it began, in local time. */
 function defaultName(now: Date): string {
@@ -167,7 +167,8 @@ function countTokens(streams: readonly Int32Array[], vocabulary: number): Float6
   return counts;
 }
 
-function contenderOf(
+/** What the comparison trains for one router. */
+export function contenderOf(
   host: Engine,
   { label, plugin, hooks }: NamedRouter,
   size: Size,
