@@ -65,6 +65,22 @@ test("the vectors of self-contrast decoding pass on both too, and a wrong number
   expect(lines[0]).toBe("main-scmoe.json 0/6");
 });
 
+test("the vectors of codes in words pass to the last bit, and one bit more or less in any of them is found", async () => {
+  const text = readFileSync(join(root, "packages", "models", "test", "fixtures", "prune-pack.json"), "utf8");
+  const own = await checked(folder({ "prune-pack.json": text }), [float64, await float32()]);
+  expect(own.lines).toEqual(["prune-pack.json 9/9", "9 passed, 0 failed"]);
+  for (const where of ["inputs", "expected"]) {
+    const file = JSON.parse(text);
+    for (const one of file.cases) {
+      const name = Object.keys(one[where]).find((key) => Array.isArray(one[where][key]));
+      const list = one[where][name ?? ""].at(-1);
+      list[list.length - 1] ^= 1;
+    }
+    const { lines } = await checked(folder({ "prune-pack.json": JSON.stringify(file) }));
+    expect(lines[0]).toBe("prune-pack.json 0/9");
+  }
+});
+
 describe("a folder", () => {
   test("is run in alphabetical order; lists are skipped and named, later packages are not counted", async () => {
     const { lines, passed, failed } = await checked(
@@ -99,8 +115,9 @@ describe("a file", () => {
   test.each([
     ["broken JSON", '{"cases": [', /^ {2}it is not JSON: /],
     ["cases that are no list", '{"family":"topk","cases":{}}', /"cases" are not a list/],
-    ["no family", '{"cases":[{}]}', /neither a "family" nor a "paper"/],
+    ["no family", '{"cases":[{}]}', /neither a "family" nor a "paper" nor a "meta"/],
     ["no tolerance", '{"family":"topk","cases":[{}]}', /its tolerance is undefined/],
+    ["a suite without tolerances", '{"meta":{"suite":"pack"},"cases":[{}]}', /its tolerance is \{\}/],
     ["half a tolerance", '{"family":"topk","tolerance":{"abs":0},"cases":[{}]}', /its tolerance is \{"abs":0\}/],
     ["a case that is no record", '{"family":"topk","tolerance":{"abs":0,"rel":0},"cases":[3]}', /case 0 is 3/],
   ])("with %s is one failure; the others still run", async (_, text, message) => {

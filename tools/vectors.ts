@@ -21,7 +21,7 @@ import {
 } from "../packages/routers/test/vectors.ts";
 
 /** Of packages that are not written yet. */
-const later = [/^prune-/];
+const later = [/^prune-(?!pack$)/];
 
 /** What runs each family of vectors, of all packages. */
 export const families: Readonly<Record<string, Family>> = { ...ofRouters, ...ofModels };
@@ -141,10 +141,14 @@ function hasCases(text: string): boolean {
   const { cases } = file;
   if (!Array.isArray(cases)) throw new Error('its "cases" are not a list');
   if (cases.length === 0) return false;
-  const { family, paper, tolerance } = file as Readonly<Record<string, unknown>>;
-  if (typeof family !== "string" && typeof paper !== "string")
-    throw new Error('it has neither a "family" nor a "paper"; expected the layout of routers-*.json or main-*.json');
-  const bounds = typeof family === "string" ? [value(tolerance, "abs"), value(tolerance, "rel")] : [tolerance];
+  const { family, paper, meta, tolerance: own } = file as Readonly<Record<string, unknown>>;
+  const suite = value(meta, "suite");
+  if (![family, paper, suite].some((word) => typeof word === "string")) {
+    const layouts = "the layout of routers-*.json, main-*.json or prune-*.json";
+    throw new Error(`it has neither a "family" nor a "paper" nor a "meta" with a suite; expected ${layouts}`);
+  }
+  const tolerance = suite === undefined ? own : { abs: value(meta, "absTol"), rel: value(meta, "relTol") };
+  const bounds = typeof paper === "string" ? [own] : [value(tolerance, "abs"), value(tolerance, "rel")];
   if (!bounds.every((bound) => typeof bound === "number" && bound >= 0))
     throw new Error(`its tolerance is ${JSON.stringify(tolerance)}; expected numbers from 0`);
   const odd = cases.findIndex((one) => typeof one !== "object" || one === null);

@@ -35,8 +35,10 @@ import {
 } from "@switchyard/bench/kernels";
 import type { Engine } from "@switchyard/core";
 import { type Ceiling, ceiling } from "./ceiling.ts";
+import { generation } from "./generation.ts";
 import type { Peer } from "./peers/peer.ts";
 import { everyRouter } from "./routers.ts";
+import { streaming } from "./streaming.ts";
 
 export type Variant = "relaxed" | "plain";
 
@@ -516,4 +518,6 @@ export const cases: Readonly<Record<string, Case>> = {
   scaling,
   "one-token": oneToken,
   threads,
+  generation,
+  streaming,
 };

@@ -8,6 +8,7 @@ export * from "./cases/host-dispatch.ts";
 export * from "./cases/moe-gradients.ts";
 export * from "./cases/moe-layer.ts";
 export * from "./cases/routing.ts";
+export * from "./cases/streaming.ts";
 export * from "./cases/training-step.ts";
 export * from "./harness.ts";
 export * from "./table.ts";

@@ -95,8 +95,8 @@ test("explains itself", async () => {
 });
 
 test.each([
-  [[], /takes one routing trace, found 0/],
-  [["a", "b"], /found 2/],
+  [[], /takes one routing trace, found none/],
+  [["a", "b"], /found "a", "b"/],
   [["none.trace"], /cannot read none.trace: there is no such file/],
   [[join(root, "text.trace")], /MOETRACE: not a routing trace/],
   [[path, "--policy", "fifo"], /--policy takes lru, lfu, belady, prefetch, found "fifo"/],

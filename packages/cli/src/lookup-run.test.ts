@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { parseResults } from "@switchyard/bench";
 import { engine, leaves } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
-import { loadModel } from "@switchyard/models";
+import { asTransformer, loadModel } from "@switchyard/models";
 import { afterAll, expect, test } from "vitest";
 import { main } from "./main.ts";
 import { routersFrom } from "./routers.ts";
@@ -46,7 +46,7 @@ test("train takes hash, balanced too, maskMoE, rMoE and daMoE; their models load
     expect(training.bitsPerByte.every(Number.isFinite), router).toBe(true);
     const on = engine(cpu());
     const { model: loaded } = await loadModel(join(folder, model ?? ""), { engine: on, routers: plugins });
-    const { tokenCounts, vocabulary } = loaded.config;
+    const { tokenCounts, vocabulary } = asTransformer(loaded).config;
     const tables = loaded.buffers.flatMap((tree) => leaves(tree).map(([, { shape }]) => shape[0]));
     if (router === "rMoE" || router === "daMoE") {
       expect(tables).toEqual([]);

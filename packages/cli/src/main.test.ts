@@ -370,7 +370,8 @@ describe("help", () => {
   test("an unknown command lists the known ones", async () => {
     expect(await run(["teach"])).toMatchObject({
       code: 1,
-      error: 'switchyard: unknown command "teach"; the commands are train, cache-sim and help\n',
+      error:
+        'switchyard: unknown command "teach"; the commands are train, generate, eval, logits, convert, cache-sim and help\n',
     });
   });
 });

@@ -5,6 +5,11 @@ import { CheckpointError, DeviceError, MissingPackageError, ShapeError, Unsuppor
 import { type ArgsDef, defineCommand, parseArgs, renderUsage } from "citty";
 import { backendNames } from "./backends.ts";
 import { cacheSim } from "./cache-sim.ts";
+import { convert } from "./convert.ts";
+import { evaluate } from "./eval.ts";
+import { generate } from "./generate.ts";
+import { interruptible } from "./interrupt.ts";
+import { logits } from "./logits.ts";
 import { checkArgs } from "./options.ts";
 import { defaultRouters, routerNames } from "./routers.ts";
 import { display, processStreams, type Streams } from "./terminal.ts";
@@ -69,6 +74,10 @@ const trainCommand = defineCommand({
 const overview = `switchyard: Mixture-of-Experts in TypeScript
 
   switchyard train PATH...      train small language models on text and compare their routers
+  switchyard generate DIR       generate text from a checkpoint
+  switchyard eval DIR           perplexity and bits per byte of a checkpoint on a text
+  switchyard logits DIR         write everything a checkpoint computes for a prompt, to compare
+  switchyard convert DIR OUT    rewrite a checkpoint: float type, shards, layout of experts
   switchyard cache-sim TRACE    predict what a cache of experts holds and reads, from a routing trace
 
 Each command explains itself with --help.
@@ -86,6 +95,10 @@ type Command = (rest: readonly string[], options: CommandLine, streams: Streams)
 /** Each gets the arguments after its name and answers the exit code. */
 const commands: ReadonlyMap<string, Command> = new Map<string, Command>([
   ["train", (rest, options, streams) => trainFrom(rest, options, streams)],
+  ["generate", generate],
+  ["eval", evaluate],
+  ["logits", (rest, _, streams) => logits(rest, streams)],
+  ["convert", convert],
   ["cache-sim", (rest, _, streams) => cacheSim(rest, streams)],
 ]);
 
@@ -141,30 +154,21 @@ async function trainFrom(rest: readonly string[], options: CommandLine, streams:
     if (kept.length > 0)
       throw new UnsupportedError(`--resume keeps the run's own settings; leave out --${kept.join(", --")}`);
   }
-  const control = new AbortController();
   const screen = display(streams);
-  const interrupt = (): void => {
-    if (control.signal.aborted) process.exit(130);
-    control.abort();
-    screen.note("Finishing this step, then saving. Ctrl-C again ends at once.");
-  };
-  process.on("SIGINT", interrupt);
-  const forward = (): void => control.abort();
-  options.signal?.addEventListener("abort", forward);
-  if (options.signal?.aborted) forward();
-  try {
-    const outcome = await train(args, paths, {
-      ...(options.corpora === undefined ? {} : { corpora: options.corpora }),
-      command,
-      display: screen,
-      signal: control.signal,
-    });
-    return report(outcome, args.json, command, streams);
-  } finally {
-    screen.end();
-    process.off("SIGINT", interrupt);
-    options.signal?.removeEventListener("abort", forward);
-  }
+  const note = (): void => screen.note("Finishing this step, then saving. Ctrl-C again ends at once.");
+  return interruptible(options, note, async (signal) => {
+    try {
+      const outcome = await train(args, paths, {
+        ...(options.corpora === undefined ? {} : { corpora: options.corpora }),
+        command,
+        display: screen,
+        signal,
+      });
+      return report(outcome, args.json, command, streams);
+    } finally {
+      screen.end();
+    }
+  });
 }
 
 function report({ status, folder, results }: Outcome, json: boolean, command: string, streams: Streams): number {

@@ -7,7 +7,7 @@ import { fileURLToPath } from "node:url";
 import { parseResults } from "@switchyard/bench";
 import { engine } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
-import { loadModel } from "@switchyard/models";
+import { asTransformer, loadModel } from "@switchyard/models";
 import { afterAll, beforeAll, expect, test } from "vitest";
 import { main } from "./main.ts";
 import { routersFrom } from "./routers.ts";
@@ -89,7 +89,9 @@ test("trains, resumes with the same numbers, and its model loads with the plugin
 
   const host = engine(cpu());
   const routers = (await routersFrom([named(router)])).map(({ plugin }) => plugin);
-  expect((await loadModel(model, { engine: host, routers })).model.config.router.name).toBe("tempered+capacity");
+  expect(asTransformer((await loadModel(model, { engine: host, routers })).model).config.router.name).toBe(
+    "tempered+capacity",
+  );
   await expect(loadModel(model, { engine: host })).rejects.toThrow(
     /the checkpoint needs the router tempered\+capacity\(.*"name":"tempered".*\); passed: none/,
   );

@@ -19,6 +19,11 @@ export interface Kernel<H> {
   /** Returns one handle per result. Returning an input's handle makes the result a view of it (reshape). */
   // biome-ignore lint/suspicious/noExplicitAny: kernel tables hold ops of every attribute type
   (inputs: readonly Operand<H>[], results: readonly (Spec & { readonly reuse?: H })[], attrs: any): readonly H[];
+  /**
+   * `reuse` may also be the storage of a smaller input: the kernel finds out whether there is room behind it, and takes other
+   * storage where there is none. Without this, `reuse` always has the size of the result.
+   */
+  grows?: true;
   /** A reason why this call cannot be served; undefined when it can. */
   // biome-ignore lint/suspicious/noExplicitAny: kernel tables hold ops of every attribute type
   unsupported?(inputs: readonly Spec[], attrs: any): string | undefined;

@@ -96,7 +96,9 @@ export function engine<H>(backend: Backend<H>): Engine {
       if (kernel && reason === undefined) {
         const wanted = specs.map((spec, i) => {
           const source = xs[op.reuses?.[i] ?? -1];
-          const free = source?.given && source.storage.count === 1 && source.size === sizeOf(spec.shape);
+          const size = sizeOf(spec.shape);
+          const fits = source && (kernel.grows ? source.size <= size : source.size === size);
+          const free = fits && source.given && source.storage.count === 1;
           return free && source.dtype === spec.dtype ? { ...spec, reuse: source.storage.content } : spec;
         });
         const handles = kernel(xs.map(operand), wanted, attrs);

@@ -1,5 +1,5 @@
-// The cache of a transformer: keys, values and the routers' own state of earlier positions, per layer. It grows by
-// copying.
+// The cache of a transformer: keys, values and the routers' own state of earlier positions, per layer. Keys and values grow in place
+// where the backend can (wasm, a batch of one), else by copying.
 import {
   alias,
   concat,
@@ -25,15 +25,19 @@ type LayerState = {
 /** The cache that `Transformer.newCache` makes. Its tensors belong to it, not to any scope: dispose it when done. */
 export class TransformerCache implements KvCache {
   readonly #layers: (LayerState | undefined)[];
-  #batch: number;
+  #origins: readonly number[];
 
   constructor(layers: number, batch: number) {
     this.#layers = new Array<undefined>(layers).fill(undefined);
-    this.#batch = batch;
+    this.#origins = Array.from({ length: batch }, (_, row) => row);
   }
 
   get batch(): number {
-    return this.#batch;
+    return this.#origins.length;
+  }
+
+  get origins(): readonly number[] {
+    return this.#origins;
   }
 
   get length(): number {
@@ -43,19 +47,36 @@ export class TransformerCache implements KvCache {
   append(layer: number, keys: Tensor, values: Tensor): void {
     if (!(layer in this.#layers)) throw new ShapeError(`cache: layer ${layer} of ${this.#layers.length}`);
     for (const x of [keys, values]) {
-      if (x.shape.length !== 4 || x.shape[0] !== this.#batch) {
+      if (x.shape.length !== 4 || x.shape[0] !== this.batch) {
         throw new ShapeError(
-          `cache: keys and values must be [batch, sequence, kvHeads, headSize] with batch ${this.#batch}, ` +
+          `cache: keys and values must be [batch, sequence, kvHeads, headSize] with batch ${this.batch}, ` +
             `found [${x.shape}]`,
         );
       }
     }
-    const old = this.#layers[layer];
-    const join = (before: Tensor | undefined, x: Tensor): Tensor => (before ? concat([before, x], 1) : x);
-    const grown = own(keys.engine, () => ({ keys: join(old?.keys, keys), values: join(old?.values, values) }));
-    this.#layers[layer] = { ...old, ...grown };
-    old?.keys.dispose();
-    old?.values.dispose();
+    if (this.#layers[layer] === undefined) {
+      this.#layers[layer] = own(keys.engine, () => ({ keys, values }));
+      return;
+    }
+    this.#extend(layer, "keys", keys);
+    this.#extend(layer, "values", values);
+  }
+
+  /** The old tensor is given away, so that a backend can append in place; when that fails, it is as it was. */
+  #extend(layer: number, part: "keys" | "values", x: Tensor): void {
+    const old = this.#layers[layer] as LayerState;
+    const put = (tensor: Tensor): void => {
+      this.#layers[layer] = { ...old, [part]: alias(tensor) };
+    };
+    x.engine.scope(() => {
+      const gift = x.engine.give(old[part]);
+      try {
+        put(concat([gift, x], 1));
+      } catch (error) {
+        put(gift);
+        throw error;
+      }
+    });
   }
 
   /** All keys and values so far, [batch, positions, kvHeads, headSize]; undefined before the first append. */
@@ -72,10 +93,10 @@ export class TransformerCache implements KvCache {
   }
 
   reorder(rows: readonly number[]): void {
-    const wrong = rows.find((row) => !Number.isInteger(row) || row < 0 || row >= this.#batch);
-    if (wrong !== undefined) throw new ShapeError(`cache: cannot take row ${wrong} of a batch of ${this.#batch}`);
+    const wrong = rows.find((row) => !Number.isInteger(row) || row < 0 || row >= this.batch);
+    if (wrong !== undefined) throw new ShapeError(`cache: cannot take row ${wrong} of a batch of ${this.batch}`);
     this.#change((x) => takeRows(x, x.engine.root.tensor(Int32Array.from(rows), [rows.length])));
-    this.#batch = rows.length;
+    this.#origins = rows.map((row) => this.#origins[row] as number);
   }
 
   truncate(length: number): void {

@@ -20,6 +20,10 @@ export interface OpenCheckpoint extends Checkpoint {
   close(): Promise<void>;
   /** A JSON file beside the weights (tokenizer.json); undefined where there is none. */
   json(name: string): Promise<{ readonly [key: string]: Json } | undefined>;
+  /** A text beside the weights (chat_template.jinja); undefined where there is none. */
+  text(name: string): Promise<string | undefined>;
+  /** Whether there is such a file beside the weights. */
+  has(name: string): Promise<boolean>;
 }
 
 /** Opens a file of the checkpoint by its name; undefined where there is none. */
@@ -28,23 +32,26 @@ export type OpenFile = (name: string) => Promise<ByteSource | undefined>;
 /** In bytes. A vocabulary of a million entries takes about 50 MB, a config hardly ever more than 100 kB. */
 const maximumJson = 200_000_000;
 const maximumConfig = 16_000_000;
+const maximumText = 16_000_000;
 const maximumShards = 10_000;
+
+async function decodeText(source: ByteSource, size: number, what: string): Promise<string> {
+  if (source.size > size) {
+    throw new CheckpointError(`${source.name} has ${source.size} bytes; at most ${size} are allowed`);
+  }
+  const bytes = await readExactly(source, 0, source.size);
+  try {
+    return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
+  } catch (cause) {
+    throw new CheckpointError(`${source.name} is not ${what}: it is not UTF-8`, { cause });
+  }
+}
 
 async function parseJson(
   source: ByteSource,
   { size, ...limits }: JsonLimits & { readonly size: number },
 ): Promise<{ readonly [key: string]: Json }> {
-  if (source.size > size) {
-    throw new CheckpointError(`${source.name} has ${source.size} bytes; at most ${size} are allowed`);
-  }
-  const bytes = await readExactly(source, 0, source.size);
-  let text: string;
-  try {
-    text = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
-  } catch (cause) {
-    throw new CheckpointError(`${source.name} is not valid JSON: it is not UTF-8`, { cause });
-  }
-  const value = parseUntrusted(text, source.name, limits);
+  const value = parseUntrusted(await decodeText(source, size, "valid JSON"), source.name, limits);
   if (!isRecord(value)) throw new CheckpointError(`${source.name} must hold a JSON object`);
   return value;
 }
@@ -64,6 +71,16 @@ const usualPickles = [
 ];
 const isPickle = (name: string): boolean => pickle.test(name) || name === "pytorch_model.bin.index.json";
 
+async function readText(open: OpenFile, name: string): Promise<string | undefined> {
+  const source = await open(name);
+  if (!source) return undefined;
+  try {
+    return await decodeText(source, maximumText, "a text");
+  } finally {
+    await source.close?.();
+  }
+}
+
 async function readJson(
   open: OpenFile,
   name: string,
@@ -78,9 +95,15 @@ async function readJson(
   }
 }
 
+export const indexName = "model.safetensors.index.json";
+
+/** The index of a checkpoint's shards, undefined where it has none. */
+export const readIndex = (open: OpenFile): Promise<{ readonly [key: string]: Json } | undefined> =>
+  readJson(open, indexName, { size: maximumJson });
+
 /** Which tensor lies in which file: { file: names or undefined for all }. */
-async function listFiles(open: OpenFile, where: string): Promise<Map<string, Set<string> | undefined>> {
-  const index = await readJson(open, "model.safetensors.index.json", { size: maximumJson });
+export async function weightFiles(open: OpenFile, where: string): Promise<Map<string, Set<string> | undefined>> {
+  const index = await readIndex(open);
   if (!index) return new Map([["model.safetensors", undefined]]);
   const map = index.weight_map;
   if (!isRecord(map)) throw new CheckpointError(`${where}: model.safetensors.index.json has no weight_map`);
@@ -143,7 +166,7 @@ export async function readCheckpoint(
     for (const source of sources.splice(0)) await source.close?.();
   };
   try {
-    for (const [file, expected] of await listFiles(open, where)) {
+    for (const [file, expected] of await weightFiles(open, where)) {
       const source = await open(file);
       if (!source)
         throw expected ? new CheckpointError(`${where} has no ${file}`) : await withoutWeights(open, where, options);
@@ -191,6 +214,12 @@ export async function readCheckpoint(
     },
     // A vocabulary may hold the word __proto__; as a key of its own it does no harm.
     json: (name) => readJson(open, name, { size: maximumJson, anyKey: true }),
+    text: (name) => readText(open, name),
+    async has(name) {
+      const source = await open(name);
+      await source?.close?.();
+      return source !== undefined;
+    },
     close,
   };
 }

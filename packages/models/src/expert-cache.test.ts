@@ -126,6 +126,15 @@ describe("expertCache", () => {
     ]);
   });
 
+  it("forgets what could not be loaded, and only that", () => {
+    const cache = expertCache({ capacity: 2, policy: lru() });
+    expect(cache.need([1, 2]).loads.map(({ id }) => id)).toEqual([1, 2]);
+    cache.forget(2);
+    cache.forget(9);
+    expect([cache.size, cache.has(1), cache.has(2)]).toEqual([1, true, false]);
+    expect(cache.need([1, 2])).toEqual({ hits: [1], loads: [{ id: 2, kept: true }] });
+  });
+
   it("belady refuses what was not foretold", () => {
     const policy = belady([[1], [2]]);
     policy.used([1]);

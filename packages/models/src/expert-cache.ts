@@ -109,6 +109,8 @@ export interface ExpertCache {
    * layers share the cache) or of others that this call expects, and stops when no place is left.
    */
   prefetch(ids: Iterable<number>, inUse?: Iterable<number>): readonly ExpertLoad[];
+  /** One that was to be loaded and could not be: it is not there. */
+  forget(id: number): void;
 }
 
 /** An empty cache of `capacity` experts, 0 or more. Throws ShapeError for another capacity. */
@@ -157,6 +159,9 @@ export function expertCache({
         loads.push(leaves === id ? { id, kept: false } : place(id, leaves));
       }
       return { hits, loads };
+    },
+    forget(id) {
+      held.delete(id);
     },
     prefetch(ids, inUse = []) {
       const pinned = new Set(inUse);

@@ -22,7 +22,7 @@ const reasons: ReadonlyMap<string, string> = new Map([
 ]);
 
 /** A source that must be closed. */
-type FileSource = ByteSource & { close(): Promise<void> };
+export type FileSource = ByteSource & { close(): Promise<void> };
 
 /** One line a user can act on; the system's own error stays as the cause. */
 function explained(what: string, error: unknown, next = ""): CheckpointError {
@@ -88,6 +88,14 @@ export interface FolderFiles {
   open(name: string): Promise<FileSource | undefined>;
   /** Names of everything in the folder; none where it does not exist. */
   list(): Promise<readonly string[]>;
+  /** Everything in the folder that belongs to its last complete save, or to no save: what it is and by which name. */
+  entries(): Promise<readonly FolderEntry[]>;
+}
+
+export interface FolderEntry {
+  readonly name: string;
+  /** "elsewhere": a link that leads out of the folder; "other": a pipe, a device or a name that `open` refuses. */
+  readonly kind: "file" | "folder" | "elsewhere" | "other";
 }
 
 /**
@@ -95,7 +103,7 @@ export interface FolderFiles {
  * `followLinks`; the cache of the Hugging Face Hub, whose snapshots are links into `blobs` beside them, needs no option.
  */
 export async function folderFiles(folder: string, { followLinks = false } = {}): Promise<FolderFiles> {
-  const { readdir, realpath } = await builtIn("node:fs/promises");
+  const { readdir, realpath, stat } = await builtIn("node:fs/promises");
   const { basename, dirname, join, sep } = await builtIn("node:path");
   const real = (path: string): Promise<string | undefined> =>
     realpath(path).catch((error: unknown) => {
@@ -103,16 +111,17 @@ export async function folderFiles(folder: string, { followLinks = false } = {}):
       throw explained(`cannot read ${path}`, error);
     });
   const root = await real(folder);
-  if (root === undefined) return { open: async () => undefined, list: async () => [] };
+  if (root === undefined) return { open: async () => undefined, list: async () => [], entries: async () => [] };
   const inside = [root + sep];
   const snapshots = dirname(root);
   if (basename(snapshots) === "snapshots") inside.push(join(dirname(snapshots), "blobs") + sep);
+  const leadsOut = (target: string): boolean => !followLinks && !inside.some((start) => target.startsWith(start));
   const openInside = async (name: string): Promise<FileSource | undefined> => {
     if (!isPlainName(name)) throw new CheckpointError(`cannot read ${quote(name)} in ${folder}: it is no file name`);
     const path = join(folder, name);
     const target = await real(path);
     if (target === undefined) return undefined;
-    if (!followLinks && !inside.some((start) => target.startsWith(start))) {
+    if (leadsOut(target)) {
       throw new CheckpointError(
         `cannot read ${path}: it is a link that leads out of the folder, to ${target}. Copy the file there, or pass ` +
           "followLinks: true where you made the link yourself",
@@ -121,13 +130,36 @@ export async function folderFiles(folder: string, { followLinks = false } = {}):
     return openFile(target, path);
   };
   const record = await readRecord(folder, openInside);
+  const list = (): Promise<readonly string[]> =>
+    readdir(root).catch((error: unknown) => {
+      throw explained(`cannot read the folder ${folder}`, error);
+    });
   return {
     async open(name) {
       if (record?.stale.includes(name)) return undefined;
       const fresh = record?.files.includes(name) ? await openInside(freshName(name, record.tag)) : undefined;
       return fresh ?? openInside(name);
     },
-    list: () => readdir(root),
+    list,
+    async entries() {
+      const present = (await list()).filter((name) => name !== recordName && !temporary.test(name));
+      const names = new Set([...present, ...(record?.files ?? [])]);
+      for (const name of record?.stale ?? []) names.delete(name);
+      const found: FolderEntry[] = [];
+      for (const name of [...names].sort()) {
+        const fresh = record?.files.includes(name) ? await real(join(root, freshName(name, record.tag))) : undefined;
+        const target = fresh ?? (await real(join(root, name)));
+        if (target === undefined || leadsOut(target)) {
+          // A link to nothing leads nowhere, which is not in the folder.
+          found.push({ name, kind: "elsewhere" });
+          continue;
+        }
+        const status = await stat(target);
+        const file = status.isFile() && isPlainName(name);
+        found.push({ name, kind: file ? "file" : status.isDirectory() ? "folder" : "other" });
+      }
+      return found;
+    },
   };
 }
 
@@ -142,6 +174,8 @@ export interface SaveOptions {
   readonly last: string;
   /** Files of an earlier save that must not stay beside the new ones. */
   isStale?(name: string): boolean;
+  /** Looks at the new files when all are written and none counts yet; what it throws undoes the save. */
+  verify?(open: (name: string) => Promise<FileSource | undefined>): Promise<void>;
 }
 
 /** What a save still has to do. While it stands in the folder, the new files count and the earlier ones do not. */
@@ -328,6 +362,9 @@ async function save(folder: string, files: readonly FileToSave[], options: SaveO
       tidy.push(() => rm(path, { force: true }));
       await writeNew(path, content());
     }
+    await options.verify?.(async (name) =>
+      names.includes(name) ? openFile(join(folder, freshName(name, tag)), join(folder, name)) : undefined,
+    );
     const present = await readdir(folder);
     const stale = present.filter((name) => !names.includes(name) && options.isStale?.(name));
     const [only] = names;

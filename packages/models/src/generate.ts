@@ -1,26 +1,32 @@
-// Text generation, one token after the other, with a cache. Sampling is done on the host in float64, so that a seed
-// gives the same text on every backend whose logits agree.
+// Text generation: prompts go in, tokens come out one after the other, chosen by a decoding strategy.
 import { random, ShapeError } from "@switchyard/core";
+import { run } from "./decoding/run.ts";
+import { type SampleOptions, sample } from "./decoding/sample.ts";
+import type { DecodedToken, DecodingModel, DecodingRow, DecodingStrategy } from "./decoding/strategy.ts";
 import type { Tokenizer } from "./tokenizer.ts";
-import type { Transformer } from "./transformer.ts";
 
-export interface GenerateOptions {
-  /** Ids, or text where a tokenizer is given. At least one token. */
-  readonly prompt: ArrayLike<number> | string;
+/** Ids, or text where a tokenizer is given. At least one token. */
+export type Prompt = ArrayLike<number> | string;
+
+export interface GenerationOptions extends SampleOptions {
+  /** How tokens are chosen, instead of the options of `sample`, which stand here as well. */
+  readonly strategy?: DecodingStrategy;
   readonly tokenizer?: Tokenizer;
   /** Tokens to make at most; default: until the context is full. */
   readonly maxNew?: number;
-  /** 0 always takes the most likely token; default 1. */
-  readonly temperature?: number;
-  /** Samples among the k most likely tokens only. */
-  readonly topK?: number;
-  /** Samples among the most likely tokens whose probabilities reach this sum (1904.09751). */
-  readonly topP?: number;
-  /** Default 0. */
+  /** Default 0. Row i of a batch draws as if it were generated alone with `seed + i`. */
   readonly seed?: number;
-  /** Ids that end the text; they are not yielded. */
-  readonly stop?: readonly number[];
+  /**
+   * Ids and strings that end the text. An id is not yielded. Of a string nothing is yielded, though it be spread over tokens: tokens that may be its
+   * beginning are held back, and the token in which it begins keeps only the text before it. Strings need a tokenizer.
+   */
+  readonly stop?: readonly (number | string)[];
+  /** Asked between passes. */
   readonly signal?: AbortSignal;
+  /** How many of the most likely tokens to report with each token; default 0. */
+  readonly topLogProbabilities?: number;
+  /** Prompt tokens per pass, to bound memory; default: the whole prompt in one. In a batch the first pass reaches into the shortest prompt. */
+  readonly prefillChunk?: number;
   /** false recomputes the whole sequence for each token; default true. */
   readonly cache?: boolean;
   /**
@@ -30,67 +36,112 @@ export interface GenerateOptions {
   readonly allowNonCausal?: boolean;
 }
 
-export interface GeneratedToken {
-  readonly id: number;
-  /** Natural logarithm of the probability the model gave this token, before temperature and cuts. */
-  readonly logProbability: number;
+export interface GenerateOptions extends GenerationOptions {
+  readonly prompt: Prompt;
+}
+
+export interface GenerateBatchOptions extends GenerationOptions {
+  readonly prompts: readonly Prompt[];
+}
+
+/** `logProbability` and `top` are what the model says, before temperature, cuts, and what else a strategy does. */
+export interface GeneratedToken extends DecodedToken {
   /** With a tokenizer: the text that became complete with this token (a character may be split over tokens). */
   readonly text: string;
 }
 
+export interface BatchToken extends GeneratedToken {
+  /** Which prompt it follows. */
+  readonly row: number;
+}
+
+/** Why a text ended; "context": it is full. */
+export type Ending = "stopId" | "stopString" | "maxNew" | "context" | "strategy";
+
 /**
- * Generates tokens until `maxNew`, a stop id, or a full context. Throws ShapeError for an empty or too long prompt or
- * options out of range, UnsupportedError for a router that cannot generate, the signal's reason when aborted.
+ * Generates tokens until `maxNew`, a stop, or a full context, and returns why it ended. Leaving the loop early frees the cache.
+ * Throws ShapeError for an empty or too long prompt or options out of range, UnsupportedError for a router that cannot generate
+ * or a strategy that does not fit the model, an Error for logits that are no numbers, the signal's reason when aborted.
  *
  * @example for await (const { text } of generate(model, { prompt: "Call me", tokenizer })) process.stdout.write(text);
  */
 export async function* generate(
-  model: Transformer,
-  options: GenerateOptions,
-): AsyncGenerator<GeneratedToken, void, undefined> {
-  const { tokenizer, seed = 0, stop = [], signal, cache: cached = true, allowNonCausal } = options;
-  const { engine, config } = model;
-  const ids = promptIds(options, config.vocabulary);
-  if (ids.length > config.context) {
-    throw new ShapeError(`generate: the prompt has ${ids.length} tokens, but the context is ${config.context}`);
-  }
-  const pick = sampler(options);
-  const { maxNew = config.context } = options;
-  const draws = random(engine, seed);
-  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-  const cache = cached ? model.newCache(1) : undefined;
+  model: DecodingModel,
+  { prompt, ...options }: GenerateOptions,
+): AsyncGenerator<GeneratedToken, Ending, undefined> {
+  const tokens = generateBatch(model, { ...options, prompts: [prompt] });
   try {
-    let input = ids;
-    for (let made = 0; made < maxNew && ids.length <= config.context; made++) {
-      signal?.throwIfAborted();
-      const tensor = engine.tensor(Int32Array.from(input), [1, input.length]);
-      let logits: Float64Array;
-      try {
-        const y = await model.step(tensor, {
-          ...(cache ? { cache } : {}),
-          ...(allowNonCausal === undefined ? {} : { allowNonCausal }),
-        });
-        try {
-          logits = Float64Array.from(await y.data());
-        } finally {
-          y.dispose();
-        }
-      } finally {
-        tensor.dispose();
-      }
-      const [uniform = 0] = draws.at("generate", made).host("uniform", 1);
-      const { id, logProbability } = pick(logits, uniform);
-      if (stop.includes(id)) break;
-      ids.push(id);
-      input = cache ? [id] : ids;
-      yield { id, logProbability, text: tokenizer ? decoder.decode(tokenizer.bytes([id]), { stream: true }) : "" };
+    for (;;) {
+      const { value, done } = await tokens.next();
+      if (done) return value[0] ?? "maxNew";
+      const { row: _, ...token } = value;
+      yield token;
     }
   } finally {
-    cache?.dispose();
+    await tokens.return([]);
   }
 }
 
-function promptIds({ prompt, tokenizer }: GenerateOptions, vocabulary: number): number[] {
+/**
+ * The same for several prompts at once: tokens of all rows as they come, and at the end why each row ended. Every row gets the tokens it would get
+ * alone; rows that have ended leave the batch.
+ *
+ * @example for await (const { row, text } of generateBatch(model, { prompts: ["One", "Two"], tokenizer })) texts[row] += text;
+ */
+export async function* generateBatch(
+  model: DecodingModel,
+  { prompts, ...options }: GenerateBatchOptions,
+): AsyncGenerator<BatchToken, readonly Ending[], undefined> {
+  const { tokenizer, seed = 0, stop = [], signal, cache = true, allowNonCausal } = options;
+  const { maxNew = Number.POSITIVE_INFINITY, prefillChunk, topLogProbabilities = 0 } = options;
+  check("maxNew", options.maxNew, { from: 0 });
+  check("prefillChunk", prefillChunk, { from: 1 });
+  check("topLogProbabilities", topLogProbabilities, { from: 0, to: model.vocabulary });
+  const strategy = strategyOf(options);
+  const stopStrings = stop.filter((one) => typeof one === "string");
+  if (stopStrings.length > 0 && !tokenizer) throw new ShapeError("generate: a stop string needs a tokenizer");
+  if (stopStrings.includes("")) throw new ShapeError('generate: the stop string "" is in every text; leave it out');
+  const rows = prompts.map((prompt, row): DecodingRow => {
+    const ids = promptIds(prompt, tokenizer, model);
+    const limit = Math.min(maxNew, model.context - ids.length + 1);
+    return { prompt: ids, random: random(model.engine, seed + row), limit };
+  });
+  if (maxNew === 0) return rows.map(() => "maxNew");
+  const ends = yield* run(model, rows, strategy, {
+    stopIds: stop.filter((one) => typeof one === "number"),
+    stopStrings,
+    ...(tokenizer ? { tokenizer } : {}),
+    topLogProbabilities,
+    ...(prefillChunk === undefined ? {} : { prefillChunk }),
+    cache,
+    ...(allowNonCausal === undefined ? {} : { allowNonCausal }),
+    ...(signal ? { signal } : {}),
+  });
+  return ends.map(({ reason }, row) => {
+    if (reason !== "limit") return reason;
+    return rows[row]?.limit === maxNew ? "maxNew" : "context";
+  });
+}
+
+const samplingOptions = ["temperature", "topK", "topP", "minP", "repetitionPenalty", "routing"] as const;
+
+function strategyOf({ strategy, ...options }: GenerationOptions): DecodingStrategy {
+  const given = samplingOptions.filter((name) => options[name] !== undefined);
+  if (!strategy) return sample(Object.fromEntries(given.map((name) => [name, options[name]])));
+  if (given.length === 0) return strategy;
+  throw new ShapeError(
+    `generate: ${given.join(", ")} would not reach the strategy "${strategy.name}"; give its options to the strategy itself`,
+  );
+}
+
+function check(name: string, value: number | undefined, { from, to = Infinity }: { from: number; to?: number }): void {
+  if (value === undefined || (Number.isInteger(value) && value >= from && value <= to)) return;
+  const range = to === Infinity ? `from ${from}` : `from ${from} to ${to}`;
+  throw new ShapeError(`generate: ${name} is ${value}, expected a whole number ${range}`);
+}
+
+function promptIds(prompt: Prompt, tokenizer: Tokenizer | undefined, model: DecodingModel): number[] {
+  const { vocabulary, context } = model;
   if (typeof prompt === "string" && !tokenizer) throw new ShapeError("generate: a text prompt needs a tokenizer");
   const ids = Array.from(
     typeof prompt === "string" && tokenizer ? tokenizer.encode(prompt) : (prompt as ArrayLike<number>),
@@ -98,48 +149,8 @@ function promptIds({ prompt, tokenizer }: GenerateOptions, vocabulary: number): 
   if (ids.length === 0) throw new ShapeError("generate: the prompt is empty; begin with at least one token");
   const wrong = ids.find((id) => !Number.isInteger(id) || id < 0 || id >= vocabulary);
   if (wrong !== undefined) throw new ShapeError(`generate: prompt id ${wrong} is not in a vocabulary of ${vocabulary}`);
+  if (ids.length > context) {
+    throw new ShapeError(`generate: the prompt has ${ids.length} tokens, but the context is ${context}`);
+  }
   return ids;
-}
-
-type Pick = (logits: Float64Array, uniform: number) => { readonly id: number; readonly logProbability: number };
-
-/** Chooses by inverting the cumulative distribution over ids sorted by probability (ties: lower id first). */
-function sampler({ temperature = 1, topK, topP, maxNew }: GenerateOptions): Pick {
-  const refuse = (why: string): never => {
-    throw new ShapeError(`generate: ${why}`);
-  };
-  if (!(temperature >= 0)) refuse(`temperature is ${temperature}, expected 0 or more`);
-  if (topK !== undefined && !(Number.isInteger(topK) && topK > 0))
-    refuse(`topK is ${topK}, expected a whole number from 1`);
-  if (topP !== undefined && !(topP > 0 && topP <= 1)) refuse(`topP is ${topP}, expected a number above 0, up to 1`);
-  if (maxNew !== undefined && !(Number.isInteger(maxNew) && maxNew >= 0)) refuse(`maxNew is ${maxNew}`);
-  return (logits, uniform) => {
-    const top = logits.reduce((a, b) => Math.max(a, b), Number.NEGATIVE_INFINITY);
-    if (!Number.isFinite(top) || logits.some(Number.isNaN))
-      throw new Error("generate: the model's logits are not finite");
-    const logSum = top + Math.log(logits.reduce((sum, x) => sum + Math.exp(x - top), 0));
-    const result = (id: number) => ({ id, logProbability: (logits[id] as number) - logSum });
-    if (temperature === 0) return result(logits.indexOf(top));
-    const order = Array.from(logits.keys()).sort((a, b) => (logits[b] as number) - (logits[a] as number) || a - b);
-    const among = order.slice(0, topK ?? order.length);
-    const weights = among.map((id) => Math.exp(((logits[id] as number) - top) / temperature));
-    let total = weights.reduce((sum, w) => sum + w, 0);
-    if (topP !== undefined) {
-      let reached = 0;
-      const last = weights.findIndex((w) => {
-        reached += w;
-        return reached >= topP * total;
-      });
-      if (last >= 0) {
-        weights.length = last + 1;
-        total = reached;
-      }
-    }
-    let left = uniform * total;
-    const chosen = weights.findIndex((w) => {
-      left -= w;
-      return left < 0;
-    });
-    return result(among[chosen < 0 ? weights.length - 1 : chosen] as number);
-  };
 }

@@ -6,6 +6,7 @@ import { join } from "node:path";
 import { CheckpointError } from "@switchyard/core";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { openCheckpoint } from "./checkpoint.ts";
+import { convertCheckpoint } from "./convert.ts";
 import { type FileToSave, fileSource, finishSave, saveFiles } from "./files.ts";
 import { loudModel, makeEngine, plainTopK, smallConfig } from "./models.test-util.ts";
 import { loadModel, saveModel } from "./pretrained.ts";
@@ -138,6 +139,37 @@ async function seenByOthers(): Promise<Set<unknown> | undefined> {
   }
   return saves;
 }
+
+it("a conversion killed at any operation leaves the earlier checkpoint or the new one", async () => {
+  const source = await mkdtemp(join(tmpdir(), "switchyard-killed-source-"));
+  try {
+    await saveFiles(source, content(2, 3), options);
+    const kinds = new Set<unknown>();
+    for (let n = 0; ; n++) {
+      await rm(folder, { recursive: true, force: true });
+      await saveFiles(folder, content(1, 2), options);
+      await writeFile(join(folder, "notes.txt"), "mine");
+      const convert = () => convertCheckpoint(source, folder, { replace: true, dtype: "bf16", shardBytes: 4 });
+      const done = await upTo(n, "kill", convert);
+      const what = `killed at operation ${n} (${fate.log.slice(0, n + 1).join(" ")})`;
+      const checkpoint = await openCheckpoint(folder);
+      const types = new Set(checkpoint.names.map((name) => checkpoint.stored(name).dtype));
+      const [save] = [checkpoint.config.save];
+      kinds.add(save);
+      expect([[...types], checkpoint.names.length], what).toEqual(save === 1 ? [["F32"], 2] : [["BF16"], 3]);
+      await checkpoint.close();
+      const others = await seenByOthers();
+      if (others) expect(others.has(1), what).not.toBe(others.has(2));
+      if (done) {
+        expect(save).toBe(2);
+        break;
+      }
+    }
+    expect([...kinds]).toEqual([1, 2]);
+  } finally {
+    await rm(source, { recursive: true });
+  }
+});
 
 describe("a save killed at any operation", () => {
   it.each([

@@ -9,9 +9,9 @@ import { adamw, trainer } from "@switchyard/core/train";
 import { base, daMoE, hash, maskMoE, rMoE } from "@switchyard/routers";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { openCheckpoint } from "./checkpoint.ts";
-import { makeEngine, readAll, smallConfig } from "./models.test-util.ts";
+import { loadSaved, makeEngine, readAll, smallConfig } from "./models.test-util.ts";
 import { parameterCounts } from "./parameter-counts.ts";
-import { loadModel, saveModel } from "./pretrained.ts";
+import { saveModel } from "./pretrained.ts";
 import { languageModelTask, type TextBatch } from "./task.ts";
 import { transformer } from "./transformer.ts";
 
@@ -55,7 +55,7 @@ describe.each(plugins)("%s in a language model", (_, router) => {
     expect(run.history.at(-1)?.loss).toBeLessThan(0.6 * loss);
     const trained = model.with({ params: run.params, buffers: run.buffers });
     expect(await saveModel(trained, folder)).toBe("switchyard");
-    const { model: loaded } = await loadModel(folder, { engine: on, routers: [router] });
+    const { model: loaded } = await loadSaved(folder, { engine: on, routers: [router] });
     expect(await readAll(loaded.params)).toEqual(await readAll(trained.params));
     expect(await readAll(loaded.buffers)).toEqual(await readAll(trained.buffers));
     const counted = router.needs.includes("tokenIds");
@@ -116,7 +116,7 @@ describe("RMoE's cell", () => {
     const checkpoint = await openCheckpoint(folder);
     expect(names(checkpoint.names, "params.")).toHaveLength(4);
     await checkpoint.close();
-    const { model: loaded } = await loadModel(folder, { engine: on, routers: [router] });
+    const { model: loaded } = await loadSaved(folder, { engine: on, routers: [router] });
     expect(unique(cells(loaded.params).map(([, x]) => x)).size).toBe(4);
 
     // A resumed run goes on with one cell and equals the uninterrupted one.

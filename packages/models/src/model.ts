@@ -1,6 +1,8 @@
 // The contracts of this package: checkpoints, models and their caches, routing traces, checkpoint families. Types only.
 import type { Engine, Json, Tensor, Tree } from "@switchyard/core";
 import type { Routed, RoutingOverride } from "@switchyard/core/moe";
+import type { LanguageModel } from "./decoder.ts";
+import type { StreamPolicy } from "./streamed-experts.ts";
 
 /** Lazy: nothing is read until asked. `dtype` is the file's own name ("BF16", "F8_E4M3", "I64", ...). */
 export interface Checkpoint {
@@ -16,6 +18,8 @@ export interface Checkpoint {
 export interface KvCache {
   /** Positions held; it moves on when a forward pass has appended to every layer. */
   readonly length: number;
+  /** Which row each row was when the cache was made: `reorder` changes it. Traces number their sequences by it. */
+  readonly origins?: readonly number[];
   /** Keys and values [batch, sequence, kvHeads, headSize] of new positions. */
   append(layer: number, keys: Tensor, values: Tensor): void;
   /** Row i becomes what row rows[i] was (beam search); the number of rows may change. */
@@ -26,24 +30,63 @@ export interface KvCache {
 }
 
 export interface RoutingTrace {
+  /** `layer` counts the routers of the model (`Model.routing`): layers without one are left out. */
   record(layer: number, routed: Routed): void;
 }
+
+/** What a pass shows on its way: name, the tensor `[batch, sequence, width]`, and the layer (0 for those outside layers). */
+export type Watch = (
+  what: /** The embedding as looked up, before any factor. */
+    | "embed"
+    /** What attention gives, before it is added. */
+    | "attention"
+    /** What router and experts see, after the norm. */
+    | "moeInput"
+    /** What the experts give, shared ones included, before it is added. */
+    | "moeOutput"
+    /** What a layer gives. */
+    | "hidden"
+    | "finalNorm",
+  x: Tensor,
+  layer: number,
+) => void;
 
 export interface ForwardOptions {
   readonly cache?: KvCache;
   /** [batch, past + sequence], 1 = real token. */
   readonly mask?: Tensor;
+  /**
+   * Padding tokens before each row, where rows of different lengths share a batch: instead of `mask`, and positions count from
+   * the first real token, so that a row is computed as if it were alone. The same numbers with every call of one cache.
+   */
+  readonly padding?: readonly number[];
   /** Per row of the batch. */
   readonly override?: readonly (RoutingOverride | undefined)[];
   readonly trace?: RoutingTrace;
   /** Accepts, for this call, a router that looks at later tokens; default: what the model's config says. */
   readonly allowNonCausal?: boolean;
+  /** What `step` gives logits for: the last position `[batch, vocabulary]` (default), or all `[batch, sequence, vocabulary]`. */
+  readonly positions?: "last" | "all";
+  /** Sees hidden states as they come, valid during the call only: read them or `alias` them. */
+  readonly watch?: Watch;
+}
+
+/** Where a router stands: in the attention of a layer (mixture of attention heads) or in its feed-forward part. */
+export interface RoutingPlace {
+  readonly layer: number;
+  readonly part: "attention" | "feedForward";
+  readonly experts: number;
 }
 
 export interface Model {
   readonly params: Tree;
   readonly layers: number;
   readonly vocabulary: number;
+  readonly width: number;
+  /** Longest sequence. */
+  readonly context: number;
+  /** The routers in the order in which a pass asks them. */
+  readonly routing: readonly RoutingPlace[];
   /** Training and full passes: ids [batch, sequence] -> logits [batch, sequence, vocabulary]. */
   forward(
     params: Tree,
@@ -51,15 +94,25 @@ export interface Model {
     options?: ForwardOptions,
   ): { readonly logits: Tensor; readonly routed: readonly Routed[] };
   /**
-   * Inference layer by layer: route, leave the scope, prepare experts, apply. Logits of the last position: [batch,
-   * vocabulary].
+   * Inference layer by layer, so that experts can be loaded in between. Logits of the last position: [batch, vocabulary].
    */
   step(ids: Tensor, options?: ForwardOptions): Promise<Tensor>;
+  /** Logits of hidden states `[..., width]` as any layer gives them: final norm, then the head (DoLa reads early layers so). */
+  head(hidden: Tensor): Tensor;
   newCache(batch: number): KvCache;
+}
+
+export interface ReadModelOptions {
+  /** Bytes that the model may hold; experts that do not fit are read when they are needed. Default: no limit. */
+  readonly memory?: number;
+  /** How the experts that are kept are chosen, where not all are in memory; default "lru". */
+  readonly streaming?: StreamPolicy;
+  /** "f32" widens all weights, as training needs it; default "stored": the type of the file, where the backend takes it. */
+  readonly weights?: "stored" | "f32";
 }
 
 /** A family of checkpoints: what a Hugging Face `model_type` stands for. */
 export interface Architecture {
   readonly modelTypes: readonly string[];
-  read(checkpoint: Checkpoint, engine: Engine, options: { readonly memory?: number }): Promise<Model>;
+  read(checkpoint: Checkpoint, engine: Engine, options?: ReadModelOptions): Promise<LanguageModel>;
 }

@@ -2,7 +2,8 @@
 import { type Engine, engine, leaves, linear, random, softmaxTopk, type Tensor, type Tree } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
 import type { RouterPlugin } from "@switchyard/core/moe";
-import { transformer } from "./transformer.ts";
+import { loadModel, type OpenOptions } from "./pretrained.ts";
+import { asTransformer, transformer } from "./transformer.ts";
 import type { TransformerConfig } from "./transformer-config.ts";
 
 export const makeEngine = (precision: 32 | 64 = 32): Engine => engine(cpu({ precision }));
@@ -173,4 +174,10 @@ export function naiveForward(
   }
   const head = get(config.tieEmbeddings ? "embed" : "head");
   return xs.map((x) => times(head, norm(x, get("norm")), vocabulary));
+}
+
+/** `loadModel` of what was saved by `saveModel`: models with a config. */
+export async function loadSaved(folder: string, options: OpenOptions) {
+  const loaded = await loadModel(folder, options);
+  return { ...loaded, model: asTransformer(loaded.model) };
 }

@@ -9,8 +9,8 @@ import { reMoE } from "@switchyard/routers/re-moe";
 import { topK } from "@switchyard/routers/top-k";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { openCheckpoint } from "./checkpoint.ts";
-import { loudModel, makeEngine, plainTopK, readAll, smallConfig } from "./models.test-util.ts";
-import { loadModel, saveModel } from "./pretrained.ts";
+import { loadSaved, loudModel, makeEngine, plainTopK, readAll, smallConfig } from "./models.test-util.ts";
+import { saveModel } from "./pretrained.ts";
 import { tokenizer } from "./tokenizer.ts";
 import { trainTokenizer } from "./tokenizer-training.ts";
 import type { Transformer } from "./transformer.ts";
@@ -43,7 +43,7 @@ describe("our own layout", () => {
     const original = fresh.with({ buffers });
     expect(leaves(original.buffers).length).toBeGreaterThan(0);
     expect(await saveModel(original, folder)).toBe("switchyard");
-    const { model, tokenizer: none } = await loadModel(folder, {
+    const { model, tokenizer: none } = await loadSaved(folder, {
       engine: on,
       routers: [topK({ k: 1 }), reMoE({ k: 2 })],
     });
@@ -80,7 +80,7 @@ describe("our own layout", () => {
     expect(checkpoint.stored("buffers.0.count").dtype).toBe("I32");
     await checkpoint.close();
     const live = on.live();
-    const { model } = await loadModel(folder, { engine: on, routers: [router] });
+    const { model } = await loadSaved(folder, { engine: on, routers: [router] });
     const found = new Map(leaves(model.params));
     expect(found.get("layers.1.moe.router.weight")).toBe(found.get("layers.0.moe.router.weight"));
     expect(await logitsOf(model)).toEqual(await logitsOf(original));
@@ -93,7 +93,7 @@ describe("our own layout", () => {
   it("asks for the router it needs, with its options", async () => {
     await saveModel(loudModel(on, smallConfig), folder);
     const load = (routers: RouterPlugin[], otherOptions = false) =>
-      loadModel(folder, { engine: on, routers, otherOptions });
+      loadSaved(folder, { engine: on, routers, otherOptions });
     await expect(load([])).rejects.toThrow(/needs the router plainTopK\(\{"k":2\}\); passed: none/);
     await expect(load([topK({ k: 2 })])).rejects.toThrow(/passed: topK\(/);
     await expect(load([plainTopK(3)])).rejects.toThrow(
@@ -117,7 +117,7 @@ describe("our own layout", () => {
     const path = join(folder, "config.json");
     await writeFile(path, JSON.stringify({ ...JSON.parse(await readFile(path, "utf8")), ...change }));
     const live = on.live();
-    const error: unknown = await loadModel(folder, { engine: on, routers: [plainTopK(2)] }).catch((e: unknown) => e);
+    const error: unknown = await loadSaved(folder, { engine: on, routers: [plainTopK(2)] }).catch((e: unknown) => e);
     expect(String(error)).toMatch(message);
     expect(on.live()).toBe(live);
   });
@@ -126,7 +126,7 @@ describe("our own layout", () => {
     await saveModel(loudModel(on, smallConfig), folder);
     const path = join(folder, "model.safetensors");
     await writeFile(path, (await readFile(path)).subarray(0, -10));
-    const load = loadModel(folder, { engine: on, routers: [plainTopK(2)] });
+    const load = loadSaved(folder, { engine: on, routers: [plainTopK(2)] });
     await expect(load).rejects.toThrow(/model.safetensors: .*cut short or damaged/);
     await expect(load).rejects.toSatisfy(CheckpointError.isInstance);
   });
@@ -166,7 +166,7 @@ describe("folders", () => {
     });
     expect(await json("generation_config.json")).toMatchObject({ eos_token_id: 0 });
     expect(await json("tokenizer_config.json")).toMatchObject({ model_max_length: 12, eos_token: "<|endoftext|>" });
-    const loaded = await loadModel(folder, { engine: on });
+    const loaded = await loadSaved(folder, { engine: on });
     expect(loaded.tokenizer?.encode("the mat")).toEqual(words.encode("the mat"));
   });
 
@@ -183,7 +183,7 @@ describe("folders", () => {
       "model.safetensors",
       "notes.txt",
     ]);
-    const { model } = await loadModel(folder, { engine: on, routers: [plainTopK(2)] });
+    const { model } = await loadSaved(folder, { engine: on, routers: [plainTopK(2)] });
     expect(await logitsOf(model)).toEqual(await logitsOf(later));
   });
 
@@ -197,7 +197,7 @@ describe("folders", () => {
     for (const [path, x] of leaves(second.params)) if (path === "norm") x.dispose();
     await expect(saveModel(second, folder)).rejects.toThrow(/cannot save to .*nothing was changed/);
     expect(await readdir(folder)).toEqual(names);
-    const { model } = await loadModel(folder, { engine: on, routers: [plainTopK(2)] });
+    const { model } = await loadSaved(folder, { engine: on, routers: [plainTopK(2)] });
     expect(await logitsOf(model)).toEqual(expected);
   });
 

@@ -1,14 +1,19 @@
 // Saving a model as a folder and loading it again: the OLMoE layout where the model has that form, our own where it has
 // not.
-import { CheckpointError, type Engine, type Json, ShapeError } from "@switchyard/core";
+import { CheckpointError, dispose, type Engine, type Json, ShapeError } from "@switchyard/core";
 import type { RouterPlugin } from "@switchyard/core/moe";
-import { olmoe, olmoeRefusal, type SpecialIds, writeOlmoe } from "./architectures/olmoe.ts";
+import { architectures } from "./architectures/index.ts";
+import { olmoeRefusal, type SpecialIds, writeOlmoe } from "./architectures/olmoe.ts";
 import { switchyard, writeSwitchyard } from "./architectures/switchyard.ts";
-import { openCheckpoint } from "./checkpoint.ts";
+import { type ChatTemplate, readChatTemplate } from "./chat-template.ts";
+import { type OpenCheckpoint, openCheckpoint } from "./checkpoint.ts";
+import type { LanguageModel } from "./decoder.ts";
 import { type FileToSave, saveFiles } from "./files.ts";
+import type { Architecture, ReadModelOptions } from "./model.ts";
 import { encodeSafetensors } from "./safetensors.ts";
-import { tokenizer as makeTokenizer, type Tokenizer } from "./tokenizer.ts";
-import type { Transformer } from "./transformer.ts";
+import { isCheckpointFile } from "./save-checkpoint.ts";
+import { type FoundTokenizer, readTokenizer, type Tokenizer } from "./tokenizer.ts";
+import { asTransformer } from "./transformer.ts";
 
 export interface SaveOptions {
   /** Saved beside the weights. */
@@ -24,10 +29,6 @@ const json = (name: string, value: Json): FileToSave => ({
   content: () => [new TextEncoder().encode(`${JSON.stringify(value, null, 2)}\n`)],
 });
 
-/** Files of an earlier save that would not belong to the new weights. */
-const ours =
-  /^(model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(tokenizer(_config)?|generation_config)\.json)$/;
-
 /**
  * Saves a model, all or nothing, and says in which layout. Files in the folder that do not belong to a checkpoint stay.
  * Throws CheckpointError where the folder cannot be written or the model does not have the form of the layout asked
@@ -36,10 +37,11 @@ const ours =
  * @example await saveModel(model, "runs/first/model", { tokenizer });
  */
 export async function saveModel(
-  model: Transformer,
+  given: LanguageModel,
   folder: string,
   options: SaveOptions = {},
 ): Promise<"olmoe" | "switchyard"> {
+  const model = asTransformer(given);
   const { tokenizer, layout = olmoeRefusal(model) === undefined ? "olmoe" : "switchyard" } = options;
   if (tokenizer && tokenizer.vocabulary > model.vocabulary) {
     throw new ShapeError(
@@ -62,7 +64,7 @@ export async function saveModel(
       json("tokenizer_config.json", { ...content.config, model_max_length: model.config.context }),
     );
   }
-  await saveFiles(folder, files, { last: "config.json", isStale: (name) => ours.test(name) });
+  await saveFiles(folder, files, { last: "config.json", isStale: isCheckpointFile });
   return layout;
 }
 
@@ -80,50 +82,77 @@ function specialIds(tokenizer: Tokenizer | undefined): SpecialIds {
   };
 }
 
-export interface LoadOptions {
+export interface LoadOptions extends ReadModelOptions {
   readonly engine: Engine;
   /** Needed for models saved in our own layout: the routers that may occur, with their options. */
   readonly routers?: readonly RouterPlugin[];
   /** Accepts a router of the same name with other options; default false. */
   readonly otherOptions?: boolean;
-  /** Bytes that the parameters may take in f32; default: no limit. */
-  readonly memory?: number;
+  /** Architectures beside the built-in ones, asked first. */
+  readonly architectures?: readonly Architecture[];
+}
+
+export interface OpenOptions extends LoadOptions {
   /** Reads files that are links out of the folder; default false. The cache of the Hugging Face Hub needs no option. */
   readonly followLinks?: boolean;
 }
 
-export interface LoadedModel {
-  readonly model: Transformer;
-  /** Where the folder has a tokenizer.json. */
-  readonly tokenizer?: Tokenizer;
+export interface LoadedModel extends FoundTokenizer {
+  readonly model: LanguageModel;
+  /** Says so when it is asked to render and the checkpoint has none. */
+  readonly chatTemplate: ChatTemplate;
+  /** Frees the parameters and closes the files that streamed experts are read from. The model cannot be used afterwards. */
+  close(): Promise<void>;
 }
 
 /**
- * Loads a model (and its tokenizer) from a folder: `model_type` olmoe or switchyard.
- * Throws CheckpointError where the folder holds no such checkpoint, is damaged, or needs a router that was not passed
- * in.
+ * Loads a model (and its tokenizer) from a folder in the Hugging Face layout or our own.
+ * Throws CheckpointError where the folder holds no such checkpoint, is damaged, asks for what this package cannot run, or needs
+ * a router that was not passed in.
  *
- * @example const { model, tokenizer } = await loadModel("runs/first/model", { engine, routers: [topK({ k: 2 })] });
+ * @example const { model, tokenizer } = await loadModel("OLMoE-1B-7B-0924", { engine, memory: 3e9 });
  */
-export async function loadModel(folder: string, options: LoadOptions): Promise<LoadedModel> {
-  const { engine, routers = [], otherOptions = false, memory, followLinks = false } = options;
+export async function loadModel(folder: string, options: OpenOptions): Promise<LoadedModel> {
+  const { followLinks = false, ...rest } = options;
   const checkpoint = await openCheckpoint(folder, { followLinks });
   try {
-    const architectures = [olmoe, switchyard({ routers, otherOptions })];
-    const type = checkpoint.config.model_type;
-    const architecture = architectures.find(({ modelTypes }) => modelTypes.some((known) => known === type));
-    if (!architecture) {
-      const known = architectures.flatMap(({ modelTypes }) => modelTypes).join(", ");
-      throw new CheckpointError(
-        `${folder}: model_type is ${JSON.stringify(type ?? null)}; this version loads ${known}`,
-      );
-    }
-    const content = await checkpoint.json("tokenizer.json");
-    const config = await checkpoint.json("tokenizer_config.json");
-    const tokenizer = content && makeTokenizer({ tokenizer: content, config: config ?? {} });
-    const model = await architecture.read(checkpoint, engine, memory === undefined ? {} : { memory });
-    return { model, ...(tokenizer ? { tokenizer } : {}) };
-  } finally {
+    return await readModel(checkpoint, rest, folder);
+  } catch (error) {
     await checkpoint.close();
+    throw error;
   }
+}
+
+/**
+ * The same from an open checkpoint, such as `readCheckpoint` makes from downloads or files in a browser. The model takes it over:
+ * `close` of what is returned closes it. Where this throws, the checkpoint stays open. `where` names it in errors.
+ */
+export async function readModel(
+  checkpoint: OpenCheckpoint,
+  options: LoadOptions,
+  where = "the checkpoint",
+): Promise<LoadedModel> {
+  const { engine, routers = [], otherOptions = false, architectures: more = [], ...how } = options;
+  const known = [...more, ...architectures, switchyard({ routers, otherOptions })];
+  const type = checkpoint.config.model_type;
+  const architecture = known.find(({ modelTypes }) => modelTypes.some((name) => name === type));
+  if (!architecture) {
+    const names = known.flatMap(({ modelTypes }) => modelTypes).join(", ");
+    throw new CheckpointError(`${where}: model_type is ${JSON.stringify(type ?? null)}; this version loads ${names}`);
+  }
+  const files = await readTextFiles(checkpoint);
+  const model = await architecture.read(checkpoint, engine, how);
+  return {
+    model,
+    ...files,
+    async close() {
+      await model.streamed?.close();
+      dispose([model.params, ...model.buffers]);
+      await checkpoint.close();
+    },
+  };
+}
+
+async function readTextFiles(checkpoint: OpenCheckpoint): Promise<FoundTokenizer & Pick<LoadedModel, "chatTemplate">> {
+  return { ...(await readTokenizer(checkpoint)), chatTemplate: await readChatTemplate(checkpoint) };
 }

@@ -27,13 +27,14 @@ export interface Safetensors {
 }
 
 /**
- * A tensor to be written. `bytes` is called once, when its turn comes, so that only one tensor is in memory at a time.
+ * A tensor to be written. `bytes` is called once, when its turn comes, so that only one tensor is in memory at a time, or
+ * only a piece of one where it comes in pieces.
  */
 export interface TensorSource {
   readonly name: string;
   readonly dtype: string;
   readonly shape: readonly number[];
-  bytes(): Uint8Array | Promise<Uint8Array>;
+  bytes(): Uint8Array | Promise<Uint8Array> | AsyncIterable<Uint8Array>;
 }
 
 /** Limits of the reference implementation (header) and of sanity (counts, names, rank). */
@@ -82,6 +83,12 @@ function bytesNeeded(bits: number, shape: readonly number[]): number | undefined
   }
   const total = elements * bits;
   return total % 8 === 0 ? total / 8 : undefined;
+}
+
+/** Bytes that a tensor takes in a file; undefined for an unknown dtype and for sizes that are no whole bytes below 2^53. */
+export function storedBytes({ dtype, shape }: Pick<StoredTensor, "dtype" | "shape">): number | undefined {
+  const bits = bitsOf.get(dtype);
+  return bits === undefined ? undefined : bytesNeeded(bits, shape);
 }
 
 /**
@@ -363,8 +370,7 @@ export async function* encodeSafetensors(
       throw new CheckpointError(`cannot write a tensor named ${quote(name)}: the name is taken or not allowed`);
     }
     seen.add(name);
-    const bits = bitsOf.get(dtype);
-    const size = bits === undefined ? undefined : bytesNeeded(bits, shape);
+    const size = storedBytes({ dtype, shape });
     if (size === undefined) throw new CheckpointError(`cannot write tensor ${quote(name)}: ${dtype} [${shape}]`);
     entries.push(`${JSON.stringify(name)}:${JSON.stringify({ dtype, shape, data_offsets: [at, at + size] })}`);
     sizes.push(size);
@@ -383,14 +389,20 @@ export async function* encodeSafetensors(
   yield start;
   yield raw;
   for (const [i, tensor] of tensors.entries()) {
-    const bytes = await tensor.bytes();
-    if (bytes.length !== sizes[i]) {
+    const given = tensor.bytes();
+    let written = 0;
+    for await (const bytes of Symbol.asyncIterator in given ? given : [await given]) {
+      written += bytes.length;
+      // Before they are written: bytes too many would stand where the next tensor belongs.
+      if (written > (sizes[i] as number)) break;
+      for (let from = 0; from < bytes.length; from += pieceSize) yield bytes.subarray(from, from + pieceSize);
+    }
+    if (written !== sizes[i]) {
       throw new CheckpointError(
         `cannot write tensor ${quote(tensor.name)}: ${tensor.dtype} [${tensor.shape}] needs ${sizes[i]} bytes, ` +
-          `got ${bytes.length}`,
+          `got ${written}`,
       );
     }
-    for (let from = 0; from < bytes.length; from += pieceSize) yield bytes.subarray(from, from + pieceSize);
   }
 }
 

@@ -3,9 +3,11 @@
 import { Tokenizer as LibraryTokenizer } from "@huggingface/tokenizers";
 import type { Json } from "@switchyard/core";
 import { CheckpointError, ShapeError } from "@switchyard/core";
-import { byteOf, characters, pieces, wordPattern } from "./byte-level.ts";
-import { isRecord } from "./checkpoint.ts";
+import { characters, pieces, wordPattern } from "./byte-level.ts";
+import { isRecord, type OpenCheckpoint } from "./checkpoint.ts";
 import { Heap } from "./heap.ts";
+import { quote } from "./safetensors.ts";
+import { tokenDecoder } from "./token-decoder.ts";
 import type { TokenizerFiles } from "./tokenizer-training.ts";
 
 export interface Tokenizer {
@@ -17,12 +19,35 @@ export interface Tokenizer {
   readonly special: ReadonlyMap<string, number>;
   /** "byte-level": the fast way; "library": every word goes through @huggingface/tokenizers. */
   readonly encoder: "byte-level" | "library";
-  /** Special tokens in the text become their ids, as in the library; nothing is added at the ends. */
-  encode(text: string): Int32Array;
+  /**
+   * Special tokens in the text become their ids, as in the library. `addSpecial`: those that the checkpoint wants at the ends of a
+   * text (`<s>`) are added; default false, as what a chat template makes has them already.
+   */
+  encode(text: string, options?: { readonly addSpecial?: boolean }): Int32Array;
   /** Text of the ids; bytes that are no valid UTF-8 become U+FFFD. */
   decode(ids: ArrayLike<number>, options?: { readonly skipSpecial?: boolean }): string;
-  /** The UTF-8 bytes of the ids: for streams (a character may be split over tokens) and bits per byte. */
+  /**
+   * The UTF-8 bytes that the ids stand for inside a text, where SentencePiece tokens keep the space in front of a word: for streams
+   * (a character may be split over tokens) and bits per byte. Throws ShapeError where tokens are no bytes (WordPiece).
+   */
   bytes(ids: ArrayLike<number>): Uint8Array;
+  /** Decodes token by token, of any kind of tokenizer. */
+  stream(options?: StreamOptions): TokenStream;
+}
+
+export interface StreamOptions {
+  /** Ids before the first one that is pushed, such as the prompt: their text is not given again. Default: none. */
+  readonly after?: ArrayLike<number>;
+  /** Special tokens give no text; default false. */
+  readonly skipSpecial?: boolean;
+}
+
+/** Text that becomes complete; together what `decode` gives for all ids, where they are valid UTF-8. */
+export interface TokenStream {
+  /** The text that became complete with this token; "" inside a character. Throws ShapeError for an id that is not in use. */
+  push(id: number): string;
+  /** What is left of a character that was not finished, as U+FFFD. */
+  end(): string;
 }
 
 interface ByteLevel {
@@ -52,14 +77,60 @@ function addedTokens(files: TokenizerFiles): AddedToken[] {
   });
 }
 
+/** Pieces of Metaspace, as the Rust library cuts them unless `split` is false: JavaScript's leaves the text whole. */
+function withMetaspaceWords(words: Json | undefined): Json | undefined {
+  if (!isRecord(words)) return words;
+  if (words.type === "Sequence" && Array.isArray(words.pretokenizers)) {
+    return { ...words, pretokenizers: words.pretokenizers.map((one: Json) => withMetaspaceWords(one) ?? null) };
+  }
+  if (words.type !== "Metaspace" || words.split === false) return words;
+  const { replacement = "\u2581" } = words;
+  const mark = escaped(String(replacement));
+  const cut = {
+    type: "Split",
+    pattern: { Regex: `${mark}[^${mark}]*|[^${mark}]+` },
+    behavior: "Isolated",
+    invert: false,
+  };
+  return { type: "Sequence", pretokenizers: [words, cut] };
+}
+
+const escaped = (text: string): string => text.replace(/[\\^$.*+?()[\]{}|/-]/g, "\\$&");
+
+/** Classes of Transformers whose switches `add_bos_token` and `add_eos_token` replace the post-processor of the file. */
+const switched = /^(Llama|CodeLlama|Gemma|Cohere)Tokenizer(Fast)?$/;
+
+/** Ids that belong before and after a text. */
+function ends(files: TokenizerFiles, library: LibraryTokenizer): readonly [readonly number[], readonly number[]] {
+  const id = (token: string): number => {
+    const found = library.token_to_id(token);
+    if (found === undefined) throw new CheckpointError(`tokenizer.json: ${quote(token)}, added to texts, has no id`);
+    return found;
+  };
+  // No token is called so.
+  const inside = "\u0000text\u0000";
+  const tokens = library.post_processor?.post_process([inside], null, true).tokens ?? [inside];
+  const at = tokens.indexOf(inside);
+  const before = tokens.slice(0, Math.max(at, 0)).map(id);
+  const after = at < 0 ? [] : tokens.slice(at + 1).map(id);
+  const { tokenizer_class: name, add_bos_token: bos, add_eos_token: eos } = files.config;
+  if (typeof name !== "string" || !switched.test(name)) return [before, after];
+  const own = (role: "bos_token" | "eos_token", wanted: Json | undefined, found: readonly number[]) => {
+    if (typeof wanted !== "boolean") return found;
+    const token = files.config[role];
+    const text = isRecord(token) ? token.content : token;
+    return wanted && typeof text === "string" ? [id(text)] : [];
+  };
+  return [own("bos_token", bos, before), own("eos_token", eos, after)];
+}
+
 /** The parts of a byte-level BPE file, or the reason why the fast way cannot serve it. */
 function byteLevel({ tokenizer, config }: TokenizerFiles, added: readonly AddedToken[]): ByteLevel | string {
-  const { model, pre_tokenizer: words, normalizer, post_processor: post } = tokenizer;
+  const { model, pre_tokenizer: words, normalizer } = tokenizer;
   if (normalizer) return "it has a normalizer";
   if (!isRecord(words) || words.type !== "ByteLevel" || words.use_regex === false || words.add_prefix_space) {
     return "its pre-tokenizer is not plain ByteLevel";
   }
-  if (post && !(isRecord(post) && post.type === "ByteLevel")) return "it has a post-processor";
   if (config.remove_space || config.do_lowercase_and_remove_accent) return "its configuration changes the text";
   if (added.some(({ plain }) => !plain)) return "an added token takes the spaces around it";
   if (!isRecord(model) || (model.type ?? "BPE") !== "BPE") return "its model is not BPE";
@@ -169,7 +240,7 @@ function splitter(added: readonly AddedToken[]): (text: string) => (string | Add
   if (added.length === 0) return (text) => [text];
   const byText = new Map(added.map((token) => [token.content, token]));
   const longestFirst = [...byText.keys()].sort((x, y) => y.length - x.length);
-  const pattern = new RegExp(`(${longestFirst.map((x) => x.replace(/[\\^$.*+?()[\]{}|/-]/g, "\\$&")).join("|")})`);
+  const pattern = new RegExp(`(${longestFirst.map(escaped).join("|")})`);
   return (text) => text.split(pattern).map((part, i) => (i % 2 === 1 ? (byText.get(part) as AddedToken) : part));
 }
 
@@ -183,7 +254,11 @@ export function tokenizer(files: TokenizerFiles): Tokenizer {
   const added = addedTokens(files);
   let library: LibraryTokenizer;
   try {
-    library = new LibraryTokenizer(files.tokenizer, files.config);
+    const words = withMetaspaceWords(files.tokenizer.pre_tokenizer);
+    library = new LibraryTokenizer(
+      words === undefined ? files.tokenizer : { ...files.tokenizer, pre_tokenizer: words },
+      files.config,
+    );
   } catch (cause) {
     throw new CheckpointError(`tokenizer.json: ${cause instanceof Error ? cause.message : cause}`, { cause });
   }
@@ -192,8 +267,25 @@ export function tokenizer(files: TokenizerFiles): Tokenizer {
   const vocabulary = [...library.get_vocab(true).values()].reduce((most, id) => Math.max(most, id + 1), 0);
   const textEncoder = new TextEncoder();
 
-  const encodeWithLibrary = (text: string): Int32Array =>
-    Int32Array.from(library.encode(text, { add_special_tokens: false }).ids);
+  const decoder = tokenDecoder(files.tokenizer.decoder);
+  const [before, after] = ends(files, library);
+  const { model } = files.tokenizer;
+  const unigramBytes = isRecord(model) && model.type === "Unigram" && model.byte_fallback === true;
+
+  const encodeWithLibrary = (text: string): Int32Array => {
+    const { ids, tokens } = library.encode(text, { add_special_tokens: false });
+    if (!unigramBytes) return Int32Array.from(ids);
+    // The library gives an unknown piece as it stands in the text; its bytes are tokens.
+    return Int32Array.from(
+      tokens.flatMap((token, i) => {
+        if (library.token_to_id(token) !== undefined) return [ids[i] as number];
+        const bytes = Array.from(textEncoder.encode(token), (b) =>
+          library.token_to_id(`<0x${b.toString(16).toUpperCase().padStart(2, "0")}>`),
+        );
+        return bytes.every((id) => id !== undefined) ? (bytes as number[]) : [ids[i] as number];
+      }),
+    );
+  };
   const encodeFast = (parts: ByteLevel): ((text: string) => Int32Array) => {
     const encodeWord = wordEncoder(parts);
     const split = splitter(added);
@@ -217,31 +309,116 @@ export function tokenizer(files: TokenizerFiles): Tokenizer {
     return list;
   };
 
+  const encodeText = typeof fast === "string" ? encodeWithLibrary : encodeFast(fast);
+  const bytesOf = (id: number, first: boolean): ArrayLike<number> | undefined => {
+    const token = addedIds.get(id);
+    return token ? textEncoder.encode(token.content) : decoder?.bytes(library.id_to_token(id) as string, first);
+  };
+  const isSpecial = (id: number): boolean => addedIds.get(id)?.special === true;
+  const decode = (ids: ArrayLike<number>, { skipSpecial = false } = {}): string => {
+    const list = skipSpecial ? check(ids).filter((id) => !isSpecial(id)) : check(ids);
+    if (list.length === 0) return "";
+    if (decoder?.decode) return decoder.decode(list.map((id) => library.id_to_token(id) as string));
+    return library.decode(list, { clean_up_tokenization_spaces: false });
+  };
+
   return {
     vocabulary,
     files,
     special: new Map(added.filter(({ special }) => special).map(({ content, id }) => [content, id])),
     encoder: typeof fast === "string" ? "library" : "byte-level",
-    encode: typeof fast === "string" ? encodeWithLibrary : encodeFast(fast),
-    decode(ids, { skipSpecial = false } = {}) {
-      const list = check(ids);
-      if (list.length === 0) return "";
-      return library.decode(list, { skip_special_tokens: skipSpecial, clean_up_tokenization_spaces: false });
+    encode(text, { addSpecial = false } = {}) {
+      const ids = encodeText(text);
+      return addSpecial ? Int32Array.from([...before, ...ids, ...after]) : ids;
     },
+    decode,
     bytes(ids) {
       const result: number[] = [];
       for (const id of check(ids)) {
-        const token = addedIds.get(id);
-        const text = token ? token.content : (library.id_to_token(id) as string);
-        const bytes = token ? textEncoder.encode(text) : Array.from(text, (character) => byteOf.get(character));
-        for (const b of bytes) {
-          if (b === undefined) {
-            throw new ShapeError(`token ${id} is not made of bytes: this tokenizer is not byte-level`);
-          }
-          result.push(b);
-        }
+        const bytes = bytesOf(id, false);
+        if (!bytes) throw new ShapeError(`token ${id} is not made of bytes, but a word; use decode or stream`);
+        for (let i = 0; i < bytes.length; i++) result.push(bytes[i] as number);
       }
       return Uint8Array.from(result);
     },
+    stream({ after: earlier = [], skipSpecial = false } = {}) {
+      const shown = (ids: readonly number[]): readonly number[] =>
+        skipSpecial ? ids.filter((id) => !isSpecial(id)) : ids;
+      const { push, end } = decoder ? byteStream(bytesOf) : textStream(decode);
+      for (const id of shown(check(earlier))) push(id);
+      return { push: (id) => (shown(check([id])).length > 0 ? push(id) : ""), end };
+    },
   };
+}
+
+/** Tokens are bytes: a character waits for its last one. */
+function byteStream(bytesOf: (id: number, first: boolean) => ArrayLike<number> | undefined): TokenStream {
+  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  let first = true;
+  return {
+    push(id) {
+      const bytes = bytesOf(id, first);
+      if (!bytes) throw new ShapeError(`token ${id} is not made of bytes, as those of its tokenizer should be`);
+      first = false;
+      return decoder.decode(Uint8Array.from(bytes), { stream: true });
+    },
+    end: () => decoder.decode(),
+  };
+}
+
+/** Tokens are words or parts of them: what a token adds to the text of the latest few before it. */
+function textStream(decode: (ids: readonly number[]) => string): TokenStream {
+  let ids: readonly number[] = [];
+  let text = "";
+  return {
+    push(id) {
+      const longer = decode([...ids, id]);
+      const added = longer.startsWith(text) ? longer.slice(text.length) : "";
+      ids = [...ids, id].slice(-8);
+      text = decode(ids);
+      return added;
+    },
+    end: () => "",
+  };
+}
+
+/** What a checkpoint has of a tokenizer. */
+export interface FoundTokenizer {
+  /** Where there is a tokenizer.json. */
+  readonly tokenizer?: Tokenizer;
+  /** Why there is none, and what to do. */
+  readonly withoutTokenizer?: string;
+}
+
+/** Files of other kinds of tokenizer, and what they are. */
+const others = [
+  ["tokenizer.model", "SentencePiece"],
+  ["spiece.model", "SentencePiece"],
+  ["sentencepiece.bpe.model", "SentencePiece"],
+  ["tiktoken.model", "tiktoken"],
+  ["tokenizer.tiktoken", "tiktoken"],
+  ["qwen.tiktoken", "tiktoken"],
+  ["vocab.json", "a BPE vocabulary with merges.txt"],
+  ["vocab.txt", "WordPiece"],
+] as const;
+
+/**
+ * The tokenizer of an open checkpoint, where it has a tokenizer.json; else why not: such a model runs with ids.
+ * Throws CheckpointError for a tokenizer.json that is damaged or of a kind that the library does not know.
+ */
+export async function readTokenizer(checkpoint: Pick<OpenCheckpoint, "json" | "has">): Promise<FoundTokenizer> {
+  const content = await checkpoint.json("tokenizer.json");
+  if (content) {
+    const config = await checkpoint.json("tokenizer_config.json");
+    return { tokenizer: tokenizer({ tokenizer: content, config: config ?? {} }) };
+  }
+  for (const [name, kind] of others) {
+    if (!(await checkpoint.has(name))) continue;
+    return {
+      withoutTokenizer:
+        `the checkpoint has ${name} (${kind}) but no tokenizer.json. Make one with Python's Transformers: ` +
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER); without it the model runs with token ids",
+    };
+  }
+  return { withoutTokenizer: "the checkpoint has no tokenizer.json: the model runs with token ids" };
 }

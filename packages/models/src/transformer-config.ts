@@ -1,6 +1,9 @@
 // The sizes of a transformer: options with their defaults, what fits together, and the shapes of all parameters.
 import { ShapeError } from "@switchyard/core";
 import type { RouterContext, RouterPlugin } from "@switchyard/core/moe";
+import type { Blueprint, LayerBlueprint } from "./blueprint.ts";
+import { blueprintShapes } from "./decoder.ts";
+import { rotary } from "./rope.ts";
 
 export interface TransformerConfig {
   /** Number of token ids. */
@@ -104,31 +107,40 @@ export const vocabularyOf = ({
   ...(tokenCounts ? { tokenCounts } : {}),
 });
 
-/** Shapes of all parameters but the routers', by their path in `params`. */
-export function parameterShapes(config: TransformerConfig): ReadonlyMap<string, readonly number[]> {
-  const complete = completeConfig(config);
-  const { vocabulary, width, layers, heads, kvHeads, headSize, experts, hidden, qkNorm, sharedExperts } = complete;
-  const shapes = new Map<string, readonly number[]>([["embed", [vocabulary, width]]]);
-  for (let layer = 0; layer < layers; layer++) {
-    const at = (name: string, shape: readonly number[]) => shapes.set(`layers.${layer}.${name}`, shape);
-    at("attentionNorm", [width]);
-    at("attention.q", [heads * headSize, width]);
-    at("attention.k", [kvHeads * headSize, width]);
-    at("attention.v", [kvHeads * headSize, width]);
-    at("attention.o", [width, heads * headSize]);
-    if (qkNorm) {
-      at("attention.qNorm", [qkNorm === "head" ? headSize : heads * headSize]);
-      at("attention.kNorm", [qkNorm === "head" ? headSize : kvHeads * headSize]);
-    }
-    at("moeNorm", [width]);
-    at("moe.experts.gateUp", [experts, 2 * hidden, width]);
-    at("moe.experts.down", [experts, width, hidden]);
-    if (sharedExperts > 0) {
-      at("moe.shared.0.experts.gateUp", [1, 2 * sharedExperts * hidden, width]);
-      at("moe.shared.0.experts.down", [1, width, sharedExperts * hidden]);
-    }
-  }
-  shapes.set("norm", [width]);
-  if (!complete.tieEmbeddings) shapes.set("head", [vocabulary, width]);
-  return shapes;
+/** The decoder that a config stands for: all layers are alike. */
+export function blueprintOf(config: CompleteConfig): Blueprint {
+  const { vocabulary, width, context, layers, heads, kvHeads, headSize, ropeTheta, normEps, qkNorm, clipQkv } = config;
+  const { experts, hidden, router, sharedExperts, tieEmbeddings, allowNonCausal, tokenCounts } = config;
+  const layer: LayerBlueprint = {
+    attention: {
+      kind: "grouped",
+      heads,
+      kvHeads,
+      headSize,
+      qkNorm: qkNorm || undefined,
+      clip: clipQkv,
+      rope: rotary(undefined, { headSize, theta: ropeTheta }),
+    },
+    feedForward: {
+      kind: "moe",
+      experts,
+      hidden,
+      router,
+      shared: sharedExperts > 0 ? { hidden: sharedExperts * hidden } : undefined,
+    },
+  };
+  return {
+    vocabulary,
+    width,
+    context,
+    layers: Array.from({ length: layers }, () => layer),
+    norm: { kind: "rms", eps: normEps },
+    tieEmbeddings,
+    allowNonCausal,
+    tokenCounts,
+  };
 }
+
+/** Shapes of all parameters but the routers', by their path in `params`. */
+export const parameterShapes = (config: TransformerConfig): ReadonlyMap<string, readonly number[]> =>
+  blueprintShapes(blueprintOf(completeConfig(config)));

@@ -17,11 +17,14 @@ export interface CheckpointContent {
   readonly tensors: readonly TensorSource[];
 }
 
-const fileTypes: ReadonlyMap<DType, string> = new Map([
-  ["f32", "F32"],
-  ["i32", "I32"],
-  ["u8", "U8"],
-]);
+/** Names of element types in files. */
+export const fileTypes: { readonly [D in DType]: string } = {
+  f32: "F32",
+  bf16: "BF16",
+  f16: "F16",
+  i32: "I32",
+  u8: "U8",
+};
 
 /** The bytes of a host array as they stand in a file; f64 storage is rounded to f32. */
 export function bytesOf(data: TypedArray): Uint8Array {
@@ -30,12 +33,12 @@ export function bytesOf(data: TypedArray): Uint8Array {
 }
 
 /** A tensor to be written as it is; read from the device when its turn comes. */
-export function stored(name: string, x: Tensor): TensorSource {
-  const dtype = fileTypes.get(x.dtype);
-  if (!dtype)
-    throw new UnsupportedError(`cannot save ${quote(name)}: it is ${x.dtype}; training state is f32, i32 or u8`);
-  return { name, dtype, shape: x.shape, bytes: async () => bytesOf(await x.data()) };
-}
+export const stored = (name: string, x: Tensor): TensorSource => ({
+  name,
+  dtype: fileTypes[x.dtype],
+  shape: x.shape,
+  bytes: async () => bytesOf(await x.data()),
+});
 
 /** Throws CheckpointError unless the checkpoint has a tensor of this name and shape. */
 export function expectShape(checkpoint: Checkpoint, name: string, shape: readonly number[]): void {
@@ -76,7 +79,7 @@ export async function readTensor(
  * Throws CheckpointError where config.json asks for more layers or experts than there are tensors: such a number would
  * cost time and memory before the first missing tensor is noticed.
  */
-export function checkCounts(checkpoint: Checkpoint, counts: Readonly<Record<string, number>>): void {
+export function checkCounts(checkpoint: Pick<Checkpoint, "names">, counts: Readonly<Record<string, number>>): void {
   for (const [what, count] of Object.entries(counts)) {
     if (count > checkpoint.names.length) {
       throw new CheckpointError(

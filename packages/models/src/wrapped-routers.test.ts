@@ -17,8 +17,8 @@ import {
 import { deepSeekV3, similarityAware, topK } from "@switchyard/routers";
 import { expect, it } from "vitest";
 import { generate } from "./generate.ts";
-import { makeEngine, smallConfig } from "./models.test-util.ts";
-import { loadModel, saveModel } from "./pretrained.ts";
+import { loadSaved, makeEngine, smallConfig } from "./models.test-util.ts";
+import { saveModel } from "./pretrained.ts";
 import { languageModelTask, type TextBatch } from "./task.ts";
 import { type Transformer, transformer } from "./transformer.ts";
 
@@ -68,9 +68,9 @@ it.each<[RouterPlugin, string[]]>([
   const folder = await mkdtemp(join(tmpdir(), "switchyard-wrapped-"));
   try {
     expect(await saveModel(trained, folder)).toBe("switchyard");
-    const loaded = await loadModel(folder, { engine: on, routers: [topK({ k: 2 }), router] });
+    const loaded = await loadSaved(folder, { engine: on, routers: [topK({ k: 2 }), router] });
     expect(await write(loaded.model, true)).toEqual(written);
-    await expect(loadModel(folder, { engine: on, routers: [topK({ k: 2 })] })).rejects.toThrow(
+    await expect(loadSaved(folder, { engine: on, routers: [topK({ k: 2 })] })).rejects.toThrow(
       `needs the router ${router.name}(`,
     );
   } finally {

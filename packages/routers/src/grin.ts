@@ -28,6 +28,7 @@ import {
   type Tensor,
   type Tree,
   topkIndices,
+  UnsupportedError,
   where,
 } from "@switchyard/core";
 import { type Experts, maskPlan, type Routed, type RouterInput, type RouterPlugin } from "@switchyard/core/moe";
@@ -198,11 +199,12 @@ function onePick(
  */
 export function scaledExperts(experts: Experts, options: { readonly engine: Engine; readonly width: number }): Experts {
   const { engine, width } = options;
-  const { params, count, prepare } = experts;
+  const { params, count, stream } = experts;
   const shared = branch(params, "shared");
   if (isTensor(params) || (shared !== undefined && isTensor(shared))) {
     throw new ShapeError("scaledExperts: the parameters are a single tensor; expected them by name");
   }
+  if (stream) throw new UnsupportedError("scaledExperts: the experts are streamed; load them into memory");
   const omega = engine.tensor(new Float32Array(width).fill(1), [width]);
   return {
     count,
@@ -211,7 +213,6 @@ export function scaledExperts(experts: Experts, options: { readonly engine: Engi
       const result = experts.apply(given, rows, ends, layout, observe);
       return { ...result, output: mul(result.output, leaf(branch(given, "shared") ?? {}, "omega")) };
     },
-    ...(prepare ? { prepare } : {}),
   };
 }
 

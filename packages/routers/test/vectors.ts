@@ -176,8 +176,36 @@ const expectedBeside: Readonly<Record<string, readonly string[]>> = {
   "similarity-sanity": ["loss", "switchBalanceLoss", "maxVio", "combinationUsage95"],
 };
 
+/** A file of the third layout: `meta` tells what all cases are about. */
+interface SuiteVectors {
+  readonly meta: { readonly suite: string; readonly absTol: number; readonly relTol: number };
+  readonly cases: readonly {
+    readonly name: string;
+    readonly inputs: Readonly<Record<string, unknown>>;
+    readonly expected: Readonly<Record<string, unknown>>;
+  }[];
+}
+
+/** Family = "prune-" and the suite, config = inputs that are one number, truth value or word, inputs = those that are lists. */
+function ofSuite({ meta, cases }: SuiteVectors): Vectors {
+  return {
+    family: `prune-${meta.suite}`,
+    tolerance: { abs: meta.absTol, rel: meta.relTol },
+    cases: cases.map((one) => {
+      const config: Record<string, number | string> = {};
+      const inputs: Record<string, Values> = {};
+      for (const [path, value] of named(one.inputs)) {
+        const key = path.join(".");
+        if (typeof value === "object") inputs[key] = value;
+        else config[key] = value;
+      }
+      return { id: one.name, config, inputs, expected: flattened(one.expected) };
+    }),
+  };
+}
+
 /**
- * The vectors in a file's text, of either layout. Records inside `expected` of the first one give names with points. Those
+ * The vectors in a file's text, of any layout. Records inside `expected` of the first one give names with points. Those
  * of the second one become: family = `name`, id = kind and
  * position, config = what is one number, truth value or word (`kind` among them), inputs = what is a list. What is null
  * is left out. A record inside a case gives names with points: what stands in `layers[0].h` is called "layers.0.h", what
@@ -191,9 +219,10 @@ export function parseVectors(text: string, name: string): Vectors {
     ["inf", Number.POSITIVE_INFINITY],
     ["NaN", Number.NaN],
   ]);
-  const file: Vectors | KindVectors = JSON.parse(text, (_, value) =>
+  const file: Vectors | KindVectors | SuiteVectors = JSON.parse(text, (_, value) =>
     typeof value === "string" ? (infinite.get(value) ?? value) : typeof value === "boolean" ? Number(value) : value,
   );
+  if ("meta" in file) return ofSuite(file);
   if (!("paper" in file)) {
     // What a case leaves out is missed by name where a family asks for it.
     const empty = { config: {}, inputs: {} };

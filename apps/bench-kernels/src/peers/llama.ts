@@ -1,7 +1,8 @@
-// llama.cpp through node-llama-cpp: a Mixtral of such layers with as little attention as it allows, reading a prompt. It computes
-// no feed-forward of the last layer where nobody asks for logits, so one layer more is made than is counted.
+// llama.cpp through node-llama-cpp: a Mixtral of such layers with as little attention as it allows, reading a prompt; and models from
+// files, making text. It computes no feed-forward of the last layer where nobody asks for logits, so the first has one layer more
+// than is counted.
 import { mkdtemp, rm } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { availableParallelism, tmpdir } from "node:os";
 import { join } from "node:path";
 import { type Contender, type LayerCase, layerData, noise } from "@switchyard/bench/kernels";
 import { type GgufTensor, writeGguf } from "../gguf.ts";
@@ -9,6 +10,10 @@ import type { PeerSource } from "./peer.ts";
 
 interface Sequence {
   clearHistory(): Promise<void>;
+  evaluate(tokens: readonly number[], options: object): AsyncGenerator<number>;
+  controlledEvaluate(
+    tokens: readonly (number | readonly [number, object])[],
+  ): Promise<readonly ({ readonly next: { readonly probabilities?: ReadonlyMap<number, number> } } | undefined)[]>;
   evaluateWithoutGeneratingNewTokens(tokens: readonly number[]): Promise<void>;
 }
 interface Disposable {
@@ -32,7 +37,7 @@ const systems: Readonly<Record<string, string>> = { linux: "linux", darwin: "mac
 const binary = `@node-llama-cpp/${systems[process.platform]}-${process.arch}${process.platform === "darwin" && process.arch === "arm64" ? "-metal" : ""}`;
 const vocabulary = 259;
 
-function write(path: string, one: LayerCase, depth: number): void {
+async function write(path: string, one: LayerCase, depth: number): Promise<void> {
   const { experts, width, hidden, k } = one;
   const d = 32;
   const { gateUp, down } = layerData({ ...one, tokens: 0 });
@@ -83,7 +88,35 @@ function write(path: string, one: LayerCase, depth: number): void {
     "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", ...byteTokens],
     "tokenizer.ggml.token_type": [2, 3, 3, ...byteTokens.map(() => 6)], // unknown, control, byte
   };
-  writeGguf(path, keys, tensors);
+  await writeGguf(path, keys, tensors);
+}
+
+/** `count` greedy tokens. */
+async function greedyTokens(sequence: Sequence, prompt: readonly number[], count: number): Promise<number[]> {
+  await sequence.clearHistory();
+  const ids: number[] = [];
+  if (count === 0) return ids;
+  for await (const id of sequence.evaluate(prompt, { temperature: 0, yieldEogToken: true })) {
+    ids.push(id);
+    if (ids.length === count) break;
+  }
+  return ids;
+}
+
+/** Natural logarithms of the probabilities after a prompt, by id. */
+async function said(sequence: Sequence, prompt: readonly number[]): Promise<Float64Array> {
+  await sequence.clearHistory();
+  const uncut = { temperature: 1, topK: 0, topP: 1, minP: 0 };
+  const last = prompt.at(-1) ?? 0;
+  const results = await sequence.controlledEvaluate([
+    ...prompt.slice(0, -1),
+    [last, { generateNext: { probabilities: true, options: uncut } }],
+  ]);
+  const probabilities = results.at(-1)?.next.probabilities;
+  if (!probabilities) throw new Error("it tells no probabilities");
+  const logs = new Float64Array(probabilities.size);
+  for (const [id, p] of probabilities) logs[id] = Math.log(p);
+  return logs;
 }
 
 export const llama: PeerSource = {
@@ -95,7 +128,7 @@ export const llama: PeerSource = {
       gpu: false,
       build: "never",
       logLevel: "error",
-      maxThreads: threads,
+      maxThreads: Math.max(threads, availableParallelism()), // contexts say how many they use
       progressLogs: false,
     });
     return {
@@ -105,7 +138,7 @@ export const llama: PeerSource = {
       async stack(one, depth): Promise<Contender> {
         const folder = await mkdtemp(join(tmpdir(), "switchyard-llama-"));
         const path = join(folder, "model.gguf");
-        write(path, one, depth + 1);
+        await write(path, one, depth + 1);
         const model = await host.loadModel({ modelPath: path, gpuLayers: 0 });
         const context = await model.createContext({
           contextSize: one.tokens + 16,
@@ -124,6 +157,31 @@ export const llama: PeerSource = {
             await context.dispose();
             await model.dispose();
             await rm(folder, { recursive: true, force: true });
+          },
+        };
+      },
+      async generation({ prompt, tokens, gguf, threads: count, checked }): Promise<Contender> {
+        const model = await host.loadModel({ modelPath: gguf, gpuLayers: 0 });
+        const length = prompt.length + Math.max(tokens, checked) + 16;
+        const context = await model.createContext({
+          contextSize: length,
+          batchSize: length,
+          threads: { ideal: count, min: count },
+          // As ours; the default is F16.
+          experimentalKvCacheKeyType: "F32",
+          experimentalKvCacheValueType: "F32",
+        });
+        const sequence = context.getSequence();
+        return {
+          name,
+          run: () => greedyTokens(sequence, prompt, tokens),
+          output: async () => [
+            await said(sequence, prompt),
+            ...(checked > 0 ? [await greedyTokens(sequence, prompt, checked)] : []),
+          ],
+          async dispose() {
+            await context.dispose();
+            await model.dispose();
           },
         };
       },

@@ -1,6 +1,17 @@
 // What a peer must be able to do: the same work as our cases, handed back as contenders for the harness.
 import type { Contender, LanguageModelCase, LayerCase, ProductCase } from "@switchyard/bench/kernels";
 
+/** The most likely tokens after a prompt, one after the other with a cache. */
+export interface GenerationCase {
+  readonly prompt: readonly number[];
+  readonly tokens: number;
+  /** The model, as GGUF. */
+  readonly gguf: string;
+  readonly threads: number;
+  /** How many greedy tokens `output` gives after the log probabilities `[vocabulary]` behind the prompt; 0: only those. */
+  readonly checked: number;
+}
+
 export interface Peer {
   readonly name: string;
   readonly version: string;
@@ -11,6 +22,7 @@ export interface Peer {
   layer?(one: LayerCase): Promise<Contender>;
   /** A model that passes `one.tokens` tokens through `depth` such layers, without a result to compare. */
   stack?(one: LayerCase, depth: number): Promise<Contender>;
+  generation?(one: GenerationCase): Promise<Contender>;
   training?(one: LanguageModelCase): Promise<Contender>;
   close?(): void | Promise<void>;
 }

@@ -25,7 +25,7 @@ describe("heterogeneous", () => {
     expect(set.count).toBe(5);
     expect(Object.keys(set.params)).toEqual(["deep", "wide"]);
     expect(set.mixed).toBeUndefined();
-    expect(set.prepare).toBeUndefined();
+    expect(set.stream).toBeUndefined();
     expect(set.spatial).toBeUndefined();
     const rows = floats(e, noise(12), [4, width]);
     const told: string[] = [];
@@ -38,21 +38,12 @@ describe("heterogeneous", () => {
     expect(told).toContain("deep.shared.encoder [2]");
   });
 
-  test("streamed sets are told their own ids, and a set of neighbours makes the whole one", async () => {
+  test("a set of neighbours makes the whole one spatial; streamed sets are refused", () => {
     const e = float64();
-    const asked: Record<string, readonly number[]> = {};
-    const streamed = (name: string, count: number): Experts => ({
-      ...adapter({ count, width, engine: e, random: random(e, 1) }),
-      spatial: true,
-      async prepare(own) {
-        asked[name] = own;
-      },
-    });
     const plain = adapter({ count: 2, width, engine: e, random: random(e, 1) });
-    const set = heterogeneous({ a: streamed("a", 2), b: plain, c: streamed("c", 3) });
-    await set.prepare?.([6, 1, 2, 4]);
-    expect(asked).toEqual({ a: [1], c: [2, 0] });
-    expect(set.spatial).toBe(true);
+    expect(heterogeneous({ a: { ...plain, spatial: true }, b: plain }).spatial).toBe(true);
+    const streamed: Experts = { ...plain, stream: async (rows) => rows };
+    expect(() => heterogeneous({ a: plain, b: streamed })).toThrow(/experts of "b" are streamed/);
   });
 
   test("sets of different output widths, a set without parameters, no set at all are refused", () => {

@@ -1,6 +1,6 @@
 // Different kinds of experts as one set, and one adapter's share of a plan (MoA 2506.05928: one router per block gives a weight to every
 // adapter of the block, whatever it is and wherever it sits).
-import { ShapeError } from "../errors.ts";
+import { ShapeError, UnsupportedError } from "../errors.ts";
 import { child, inside } from "../moe/parts.ts";
 import type { DensePlan, Experts, Loss, Observe, SparsePlan } from "../moe/plan.ts";
 import { add, less, mul, where } from "../ops/elementwise.ts";
@@ -27,7 +27,10 @@ export function heterogeneous(sets: Readonly<Record<string, Experts>>): Experts 
   const starts = parts.map((_, i) => parts.slice(0, i).reduce((total, [, { count }]) => total + count, 0));
   const count = parts.reduce((total, [, one]) => total + one.count, 0);
   const spatial = parts.some(([, one]) => one.spatial ?? false);
-  const streamed = parts.some(([, { prepare }]) => prepare !== undefined);
+  const streamed = parts.find(([, { stream }]) => stream !== undefined);
+  if (streamed) {
+    throw new UnsupportedError(`heterogeneous: the experts of "${streamed[0]}" are streamed; load them into memory`);
+  }
 
   return {
     count,
@@ -54,18 +57,6 @@ export function heterogeneous(sets: Readonly<Record<string, Experts>>): Experts 
       if (output === undefined) throw new ShapeError("heterogeneous: there is no set of experts");
       return { output, ...(Object.keys(losses).length > 0 ? { losses } : {}) };
     },
-    ...(streamed
-      ? {
-          async prepare(ids) {
-            await Promise.all(
-              parts.map(([, one], i) => {
-                const own = ids.map((id) => id - (starts[i] ?? 0)).filter((id) => id >= 0 && id < one.count);
-                return one.prepare?.(own);
-              }),
-            );
-          },
-        }
-      : {}),
   };
 }
 

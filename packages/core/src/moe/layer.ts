@@ -1,5 +1,5 @@
 // The Mixture-of-Experts layer: route -> dispatch -> experts -> combine, for every kind of plan. `moe` is the composition of
-// `routeTokens` and `runExperts`; streamed inference calls the two itself and prepares experts in between.
+// `routeTokens` and `runExperts`; streamed inference calls the two itself and loads experts in between.
 import { ShapeError, UnsupportedError } from "../errors.ts";
 import { add, mul, sigmoid, where } from "../ops/elementwise.ts";
 import { dispatch } from "../ops/experts.ts";

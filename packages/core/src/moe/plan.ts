@@ -262,8 +262,11 @@ export interface Experts {
   mixed?(params: Tree, hidden: Tensor, plan: MergePlan, layout: Layout): Tensor;
   /** The whole sparse path (dispatch, experts, combine) as one op, where these experts are what that op computes. */
   fused?(params: Tree, hidden: Tensor, plan: SparsePlan): Tensor;
-  /** Streamed experts: makes these resident before `apply`. */
-  prepare?(ids: readonly number[]): Promise<void>;
+  /**
+   * Experts that do not stay in memory: what `apply` gives, bit for bit, loading in between. Called outside any scope; the result is
+   * the caller's. `apply` of such experts throws UnsupportedError.
+   */
+  stream?(rows: Tensor, ends: Tensor): Promise<Tensor>;
 }
 
 /** Experts that run on every token; `gate [1, width]` multiplies their output by sigmoid(hidden gateᵀ) (Qwen2-MoE). */

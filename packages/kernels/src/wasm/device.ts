@@ -10,8 +10,8 @@ export type Result = Spec & { readonly reuse?: Block };
 export interface Device {
   readonly heap: Heap;
   readonly threads: number;
-  /** Storage of a result: the one given for reuse, or a new block. Freed again if the kernel throws. */
-  result(spec: Result): Block;
+  /** Storage of a result: the one given for reuse, or a new block of `least` bytes or more. Freed again if the kernel throws. */
+  result(spec: Result, least?: number): Block;
   /** Storage until the kernel returns. */
   temporary(bytes: number): Block;
   /** A table of 32-bit words, until the kernel returns; gives its address. */
@@ -74,10 +74,10 @@ export function createDevice(heap: Heap, pool: Pool): Device {
   return {
     heap,
     threads: pool.threads,
-    result(spec) {
+    result(spec, least = 0) {
       if (spec.reuse) return spec.reuse;
       const block = heap.alloc(
-        bytesOf(spec),
+        Math.max(bytesOf(spec), least),
         () => `the result [${spec.shape.join(", ")}] ${spec.dtype} of ${current}`,
       );
       results.push(block);

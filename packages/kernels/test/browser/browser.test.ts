@@ -2,6 +2,7 @@
 // makes that a failure.
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { findChromium } from "./chromium.ts";
+import { goldenTests } from "./golden.ts";
 import { gpuTests } from "./gpu.ts";
 import { build, openSite, type Site } from "./site.ts";
 import { wasmTests } from "./wasm.ts";
@@ -28,6 +29,7 @@ describe.skipIf(chromium === undefined)("in Chromium", () => {
   afterAll(() => opened?.close());
 
   wasmTests(site);
+  goldenTests(site);
   gpuTests(chromium ?? "", site);
 
   it("no page asked for a file that is not there", () => {

@@ -60,7 +60,9 @@ export function makeProject(): Project {
 
   const modules = [
     ...packages.flatMap((name) => installed(join(root, "packages", name), folder, ["dist"])),
-    ...installed(join(root, "node_modules", "@huggingface", "tokenizers"), folder, ["dist"]),
+    ...["jinja", "tokenizers"].flatMap((name) =>
+      installed(join(root, "node_modules", "@huggingface", name), folder, ["dist"]),
+    ),
   ].filter(({ specifier }) => forPages(specifier));
   for (const name of peers) linked(join(root, "node_modules", ...name.split("/")), name, folder);
   const imports = modules.map(({ specifier }, i) => `import * as m${i} from "${specifier}";\n`);

@@ -2,6 +2,7 @@
 //   /built/   what Vite made
 //   /map/     the files as they are; index.html has an import map of the packages
 //   /urls/    the files with the packages' names in imports replaced by URLs, as a CDN of modules serves them
+// Beside them, under /files/, a folder of data: ranges only, as a server of large files answers them.
 
 import { readFile } from "node:fs/promises";
 import { createServer, type Server } from "node:http";
@@ -33,11 +34,22 @@ export interface Origin {
   close(): Promise<void>;
 }
 
-/** `headers` go with every file. */
-export async function serve(project: Project, headers: Readonly<Record<string, string>>): Promise<Origin> {
+/** `headers` go with every file; `data` is the folder under /files/. */
+export async function serve(
+  project: Project,
+  headers: Readonly<Record<string, string>>,
+  data?: string,
+): Promise<Origin> {
   const missing: string[] = [];
   const server: Server = createServer((request, response) => {
     const { pathname } = new URL(request.url ?? "/", "http://127.0.0.1");
+    if (data !== undefined && pathname.startsWith("/files/")) {
+      answerRange(data, decodeURIComponent(pathname.slice("/files/".length)), request.headers.range).then(
+        ({ status, ...more }) => response.writeHead(status, { ...more.headers, ...headers }).end(more.body),
+        () => response.writeHead(404, headers).end(),
+      );
+      return;
+    }
     answer(project, decodeURIComponent(pathname)).then(
       ({ type, body }) => response.writeHead(200, { "Content-Type": type, ...headers }).end(body),
       (error: Error) => {
@@ -71,6 +83,25 @@ async function answer(project: Project, pathname: string): Promise<{ readonly ty
   if (form === "map" && extname(file) === ".html") return { type, body: withImportMap(project, text) };
   if (form === "urls" && extname(file) !== ".html") return { type, body: withUrls(project, text) };
   return { type, body: text };
+}
+
+interface Part {
+  readonly status: number;
+  readonly headers: Readonly<Record<string, string>>;
+  readonly body?: Uint8Array;
+}
+
+/** What a request for bytes gets; a whole file nobody gets. Rejects where there is no such file. */
+async function answerRange(data: string, path: string, range: string | undefined): Promise<Part> {
+  const file = normalize(join(data, path));
+  if (!file.startsWith(data + sep)) throw new Error("not served");
+  const bytes = await readFile(file);
+  const [, first, last] = /^bytes=(\d+)-(\d+)$/.exec(range ?? "") ?? [];
+  if (first === undefined || last === undefined) return { status: 400, headers: {} };
+  const [from, to] = [Number(first), Math.min(Number(last) + 1, bytes.length)];
+  if (from >= to) return { status: 416, headers: { "Content-Range": `bytes */${bytes.length}` } };
+  const headers = { "Content-Range": `bytes ${from}-${to - 1}/${bytes.length}`, ETag: `"${bytes.length}"` };
+  return { status: 206, headers, body: bytes.subarray(from, to) };
 }
 
 function withImportMap({ modules }: Project, page: string): string {

@@ -1,7 +1,7 @@
 // What the browser tests stand on: the user's project, bundled and served, a Chromium with pages on it, and the same training in
 // Node to compare with.
 import { execFile } from "node:child_process";
-import { rmSync } from "node:fs";
+import { readdirSync, rmSync } from "node:fs";
 import { createRequire } from "node:module";
 import { dirname, join } from "node:path";
 import { promisify } from "node:util";
@@ -44,6 +44,7 @@ interface Switchyard {
   readonly onMainThread: Readonly<Record<string, (...args: readonly unknown[]) => unknown>>;
   readonly inWorker: Call;
   readonly withPeers: Call;
+  withChosenFiles(where: "worker" | "page", ...args: readonly unknown[]): Promise<unknown>;
   everything(): Promise<Readonly<Record<string, number>>>;
 }
 type OnPage = typeof globalThis & { readonly switchyard: Switchyard };
@@ -60,6 +61,8 @@ export interface Site {
   close(): Promise<void>;
 }
 
+/** Checkpoints with recorded outputs, served under /files/. */
+export const fixtures: string = join(import.meta.dirname, "..", "..", "..", "models", "test", "fixtures");
 /** Steps of every training. */
 export const STEPS = 12;
 const run = promisify(execFile);
@@ -72,7 +75,7 @@ export async function openSite(chromium: string): Promise<Site> {
   try {
     const project = makeProject();
     closing.push(() => rmSync(project.folder, { recursive: true, force: true }));
-    const isolated = await serve(project, isolation);
+    const isolated = await serve(project, isolation, fixtures);
     const open = await serve(project, {});
     const strict = await serve(project, { ...isolation, ...policy });
     closing.push(isolated.close, open.close, strict.close);
@@ -151,6 +154,27 @@ export const onMainThread = <R>(page: Page, name: string, ...args: readonly unkn
     name,
     args,
   ] as const) as Promise<R>;
+/** Runs recorded checkpoints from files that are chosen on the page, all of a folder at once, in a worker or on the main thread. */
+export async function withChosenFiles<R>(
+  page: Page,
+  folders: readonly string[],
+  ...[where, ...args]: readonly ["worker" | "page", ...(readonly unknown[])]
+): Promise<R> {
+  await page.evaluate((html) => {
+    document.body.innerHTML = html;
+  }, '<input type="file" multiple>'.repeat(folders.length));
+  for (const [i, folder] of folders.entries()) {
+    const home = join(fixtures, folder);
+    await page
+      .locator("input")
+      .nth(i)
+      .setInputFiles(readdirSync(home).map((name) => join(home, name)));
+  }
+  return page.evaluate(([where, args]) => (globalThis as OnPage).switchyard.withChosenFiles(where, ...args), [
+    where,
+    args,
+  ] as const) as Promise<R>;
+}
 /** Loads every subpath of every package; answers how many exports each has. */
 export const everything = (page: Page): Promise<Readonly<Record<string, number>>> =>
   page.evaluate(() => (globalThis as OnPage).switchyard.everything());

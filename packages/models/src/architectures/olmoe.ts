@@ -1,25 +1,36 @@
 // OLMoE (2409.02060) in the Hugging Face layout: reading any such checkpoint, and writing models of the same form, so
 // that other libraries load what was trained here. Form: top-k routing, q/k norm over the whole projection, SwiGLU
-// experts, no biases.
-import { CheckpointError, type Engine, leaves, random, type Tensor, type Tree } from "@switchyard/core";
+// experts; on request clipped queries, keys and values, and biases.
+import { CheckpointError, type Engine, leaves, type Tensor, type Tree } from "@switchyard/core";
 import { topK } from "@switchyard/routers/top-k";
-import { isRecord } from "../checkpoint.ts";
+import type { GroupedAttention, MoEFeedForward, Norm } from "../blueprint.ts";
 import { ConfigReader } from "../config-reader.ts";
-import type { Checkpoint } from "../model.ts";
+import type { LanguageModel } from "../decoder.ts";
+import type { Checkpoint, ReadModelOptions } from "../model.ts";
 import type { TensorSource } from "../safetensors.ts";
-import { buildTransformer, type Transformer, type TransformerArchitecture } from "../transformer.ts";
-import { type CompleteConfig, completeConfig, parameterShapes } from "../transformer-config.ts";
+import type { CheckpointIndex, Description } from "../source.ts";
+import { type Transformer, withConfig } from "../transformer.ts";
+import { type CompleteConfig, completeConfig } from "../transformer-config.ts";
+import { bytesOf, type CheckpointContent, fileTypes, stored } from "../weights.ts";
+import { architecture, type DescribedArchitecture } from "./architecture.ts";
 import {
-  bytesOf,
-  type CheckpointContent,
-  checkAllUsed,
-  checkCounts,
-  checkMemory,
-  expectShape,
-  readFloats,
-  readTensor,
-  stored,
-} from "../weights.ts";
+  checkLayerTypes,
+  described,
+  placeAttention,
+  placeExperts,
+  placeLayerNorms,
+  placeOutside,
+  placeRouter,
+  places,
+  readActivation,
+  readExperts,
+  readHeadSize,
+  readNotNegative,
+  readRope,
+  readSizes,
+  readTheta,
+  refuse,
+} from "./hub.ts";
 
 /** Our path of a parameter that is stored as one tensor -> its name on the Hub. */
 const names: ReadonlyMap<string, string> = new Map([
@@ -46,136 +57,118 @@ function hubName(path: string): string | undefined {
 const expertName = (path: string, expert: number, matrix: "gate" | "up" | "down"): string =>
   `model.layers.${path.split(".")[1]}.mlp.experts.${expert}.${matrix}_proj.weight`;
 
-/** Defaults are those of the configuration class: keys equal to them are not always written. */
-function readConfig(checkpoint: Checkpoint): CompleteConfig {
+function describe(checkpoint: CheckpointIndex): Description {
   const config = new ConfigReader(checkpoint.config);
-  config.only("hidden_act", "silu");
-  config.only("attention_bias", false);
-  config.only("rope_scaling");
-  // Since version 5 of the library: { rope_theta, rope_type }.
-  const rope = config.get("rope_parameters");
-  const ropeReader = isRecord(rope) ? new ConfigReader(rope, "config.json: rope_parameters") : config;
-  if (isRecord(rope)) ropeReader.only("rope_type", "default");
-  const heads = config.whole("num_attention_heads", 16);
+  const sizes = readSizes(checkpoint, {
+    vocabulary: 50304,
+    width: 2048,
+    layers: 16,
+    heads: 16,
+    context: 4096,
+    eps: 1e-5,
+  });
+  const { vocabulary, width, layers, heads, kvHeads, context, eps, tieEmbeddings } = sizes;
+  config.only("sliding_window");
+  checkLayerTypes(config, Array.from({ length: layers }));
+  const headSize = readHeadSize(config, sizes);
+  const { experts, k } = readExperts(config, { counts: ["num_experts", "num_local_experts"], experts: 64, k: 8 });
+  const hidden = config.whole("intermediate_size", 2048);
   const clip = config.get("clip_qkv") === undefined ? undefined : config.number("clip_qkv");
-  const headSize = config.get("head_dim") === undefined ? undefined : config.whole("head_dim");
-  return completeConfig({
-    vocabulary: config.whole("vocab_size", 50304),
-    width: config.whole("hidden_size", 2048),
-    layers: config.whole("num_hidden_layers", 16),
+  if (clip !== undefined && !(clip > 0)) refuse(`"clip_qkv" is ${clip}, expected a number above 0 or null`);
+
+  const norm: Norm = { kind: "rms", eps };
+  const bias = config.boolean("attention_bias", false);
+  const attention: GroupedAttention = {
+    kind: "grouped",
     heads,
-    kvHeads: config.whole("num_key_value_heads", heads),
-    ...(headSize === undefined ? {} : { headSize }),
-    experts: config.whole("num_experts", 64),
-    hidden: config.whole("intermediate_size", 2048),
-    context: config.whole("max_position_embeddings", 4096),
-    ropeTheta: ropeReader.number("rope_theta", config.number("rope_theta", 10000)),
-    normEps: config.number("rms_norm_eps", 1e-5),
+    kvHeads,
+    headSize,
+    bias,
+    outputBias: bias,
     qkNorm: "projection",
-    clipQkv: clip,
-    tieEmbeddings: config.boolean("tie_word_embeddings", false),
+    clip,
+    rope: readRope(config, { headSize, theta: defaultTheta, context }),
+  };
+  const feedForward: MoEFeedForward = {
+    kind: "moe",
+    experts,
+    hidden,
+    activation: readActivation(config),
     router: topK({
-      k: config.whole("num_experts_per_tok", 8),
+      k,
       order: config.boolean("norm_topk_prob", false) ? "softmax-topk-renormalise" : "softmax-topk",
-      balance: config.number("router_aux_loss_coef", 0.01),
-      zLoss: config.number("router_z_loss_coef", 0.001),
+      balance: readNotNegative(config, "router_aux_loss_coef", 0.01),
+      zLoss: readNotNegative(config, "router_z_loss_coef", 0.001),
     }),
+  };
+
+  const at = places(checkpoint);
+  placeOutside(at, { vocabulary, width, norm, tieEmbeddings });
+  for (let layer = 0; layer < layers; layer++) {
+    const name = `model.layers.${layer}.mlp`;
+    placeLayerNorms(at, layer, { norm, width });
+    placeAttention(at, layer, attention, width);
+    placeRouter(at, layer, { names: [`${name}.gate.weight`], experts, width });
+    const prefixes = [`${name}.experts`];
+    placeExperts(at, { path: `layers.${layer}.moe.experts`, prefixes, experts, hidden, width });
+  }
+  return described(at, {
+    vocabulary,
+    width,
+    context,
+    layers: Array.from({ length: layers }, () => ({ attention, feedForward })),
+    norm,
+    tieEmbeddings,
   });
 }
 
-/** Experts lie one by one: gate and up of each are stacked to [experts, 2 hidden, width]. */
-async function readExperts(checkpoint: Checkpoint, path: string, shape: readonly number[]): Promise<Float32Array> {
-  const [experts = 0, rows = 0, columns = 0] = shape;
-  const matrices = path.endsWith(".gateUp") ? (["gate", "up"] as const) : (["down"] as const);
-  const size = (rows / matrices.length) * columns;
-  // All are there before memory is taken for them: the sizes come from config.json.
-  for (let e = 0; e < experts; e++) {
-    for (const matrix of matrices) {
-      expectShape(checkpoint, expertName(path, e, matrix), [rows / matrices.length, columns]);
-    }
-  }
-  const stacked = new Float32Array(experts * rows * columns);
-  for (let e = 0; e < experts; e++) {
-    for (const [i, matrix] of matrices.entries()) {
-      const part = await readFloats(checkpoint, expertName(path, e, matrix), [rows / matrices.length, columns]);
-      stacked.set(part, e * rows * columns + i * size);
-    }
-  }
-  return stacked;
+const defaultTheta = 10000;
+
+/** The config of ours that says the same; undefined where the model has options that ours lacks. */
+function configOf(model: LanguageModel, checkpoint: CheckpointIndex): CompleteConfig | undefined {
+  const { vocabulary, width, context, layers, norm, tieEmbeddings } = model.blueprint;
+  const [{ attention, feedForward } = {}] = layers;
+  if (attention?.kind !== "grouped" || feedForward?.kind !== "moe") return undefined;
+  const { heads, kvHeads, headSize, bias, clip, rope } = attention;
+  const { experts, hidden, activation, router } = feedForward;
+  if (bias || rope.type !== "default" || activation !== "silu") return undefined;
+  return completeConfig({
+    vocabulary,
+    width,
+    layers: layers.length,
+    heads,
+    kvHeads,
+    headSize,
+    experts,
+    hidden,
+    context,
+    ropeTheta: readTheta(new ConfigReader(checkpoint.config), defaultTheta),
+    normEps: norm.eps,
+    qkNorm: "projection",
+    clipQkv: clip,
+    tieEmbeddings,
+    router,
+  });
 }
 
-async function read(
-  checkpoint: Checkpoint,
-  engine: Engine,
-  { memory }: { readonly memory?: number },
-): Promise<Transformer> {
-  const config = readConfig(checkpoint);
-  checkCounts(checkpoint, { layers: config.layers, experts: config.experts });
-  const shapes = parameterShapes(config);
-  checkMemory(shapes.values(), memory);
-  const loaded = new Map<string, Tensor>();
-  const used = new Set<string>();
-  try {
-    for (const [path, shape] of shapes) {
-      const name = hubName(path);
-      if (name === undefined) {
-        loaded.set(path, engine.tensor(await readExperts(checkpoint, path, shape), shape));
-        for (let e = 0; e < config.experts; e++) {
-          for (const matrix of ["gate", "up", "down"] as const) used.add(expertName(path, e, matrix));
-        }
-      } else {
-        loaded.set(path, await readTensor(engine, checkpoint, name, shape));
-        used.add(name);
-      }
-    }
-    const gates: Tensor[] = [];
-    for (let layer = 0; layer < config.layers; layer++) {
-      const name = `model.layers.${layer}.mlp.gate.weight`;
-      const gate = await readTensor(engine, checkpoint, name, [config.experts, config.width]);
-      loaded.set(name, gate);
-      gates.push(gate);
-      used.add(name);
-    }
-    const tied = (name: string): boolean => config.tieEmbeddings && name === "lm_head.weight";
-    checkAllUsed(checkpoint, used, (name) => tied(name) || name.endsWith("rotary_emb.inv_freq"));
-    const plugin = withWeights(config.router, gates);
-    return buildTransformer(
-      engine,
-      { ...config, router: plugin },
-      {
-        random: random(engine, 0),
-        parameter: (path) => loaded.get(path) as Tensor,
-      },
-    );
-  } catch (error) {
-    for (const x of loaded.values()) x.dispose();
-    throw error;
-  }
-}
-
-/** The same plugin; its routers start from the weights of the checkpoint instead of random ones. */
-function withWeights(plugin: CompleteConfig["router"], gates: readonly Tensor[]): CompleteConfig["router"] {
-  return {
-    ...plugin,
-    init(context) {
-      const router = plugin.init(context);
-      for (const [, x] of leaves(router.params)) x.dispose();
-      return { ...router, params: { weight: gates[context.layer] as Tensor } };
-    },
-  };
-}
+const plain = architecture({ modelTypes: ["olmoe"], describe });
 
 /**
- * Reads `model_type: "olmoe"`. Throws CheckpointError for settings it does not know, so that no model runs differently
- * in silence.
+ * Reads `model_type: "olmoe"`, experts one by one or stacked. The model has a `config` of ours, so that it can be trained and saved,
+ * unless it uses biases, scaled rotary positions or another activation than SiLU. Throws CheckpointError for settings it does
+ * not know, so that no model runs differently in silence.
  */
-export const olmoe: TransformerArchitecture = {
-  modelTypes: ["olmoe"],
-  read,
+export const olmoe: DescribedArchitecture = {
+  ...plain,
+  async read(checkpoint: Checkpoint, engine: Engine, options?: ReadModelOptions): Promise<LanguageModel | Transformer> {
+    const model = await plain.read(checkpoint, engine, options);
+    const config = configOf(model, checkpoint);
+    return config ? withConfig(model, config) : model;
+  },
 };
 
 /** Why a model cannot be written in this layout; undefined where it can. */
-export function olmoeRefusal({ config, buffers }: Transformer): string | undefined {
+export function olmoeRefusal({ config, buffers, params, streamed }: Transformer): string | undefined {
   const { router, width, heads, headSize, qkNorm, sharedExperts } = config;
   if (router.name !== "topK") return `its router is ${router.name}, and OLMoE has top-k routing only`;
   const { order, topP, bias } = router.options ?? {};
@@ -188,6 +181,10 @@ export function olmoeRefusal({ config, buffers }: Transformer): string | undefin
   if (qkNorm !== "projection") return 'OLMoE normalises queries and keys; train with qkNorm: "projection"';
   if (headSize * heads !== width) return `heads (${heads}) times headSize (${headSize}) is not width (${width})`;
   if (sharedExperts > 0) return "it has shared experts";
+  if (streamed) return "its experts are read from the file when they are needed; load it without a limit of memory";
+  if (leaves(params).some(([path]) => hubName(path) === undefined && !/\.experts\.(gateUp|down)$/.test(path))) {
+    return 'its weights are quantised; load it with weights: "f32"';
+  }
   return undefined;
 }
 
@@ -206,6 +203,7 @@ export function writeOlmoe(model: Transformer, special: SpecialIds = {}): Checkp
   const refusal = olmoeRefusal(model);
   if (refusal !== undefined) throw new CheckpointError(`the model cannot be saved in the OLMoE layout: ${refusal}`);
   const { config } = model;
+  const matrices = leaves(model.params).find(([path]) => path === "embed")?.[1].dtype;
   const { k = 1, order, balance = 0, zLoss = 0 } = config.router.options ?? {};
   return {
     config: {
@@ -235,7 +233,7 @@ export function writeOlmoe(model: Transformer, special: SpecialIds = {}): Checkp
       router_aux_loss_coef: balance,
       router_z_loss_coef: zLoss,
       tie_word_embeddings: config.tieEmbeddings,
-      torch_dtype: "float32",
+      torch_dtype: matrices === "bf16" ? "bfloat16" : matrices === "f16" ? "float16" : "float32",
       use_cache: true,
       vocab_size: config.vocabulary,
     },
@@ -250,18 +248,18 @@ export function writeOlmoe(model: Transformer, special: SpecialIds = {}): Checkp
 function expertTensors(path: string, x: Tensor): TensorSource[] {
   const [experts = 0, rows = 0, columns = 0] = x.shape;
   const matrices = path.endsWith(".gateUp") ? (["gate", "up"] as const) : (["down"] as const);
-  const size = (rows / matrices.length) * columns * 4;
   const count = experts * matrices.length;
   let whole: Promise<Uint8Array> | undefined;
   return Array.from({ length: count }, (_, i) => ({
     name: expertName(path, Math.floor(i / matrices.length), matrices[i % matrices.length] ?? "down"),
-    dtype: "F32",
+    dtype: fileTypes[x.dtype],
     shape: [rows / matrices.length, columns],
     async bytes() {
       whole ??= x.data().then(bytesOf);
-      const bytes = (await whole).subarray(i * size, (i + 1) * size);
+      const all = await whole;
+      const size = all.byteLength / count;
       if (i === count - 1) whole = undefined;
-      return bytes;
+      return all.subarray(i * size, (i + 1) * size);
     },
   }));
 }

@@ -84,7 +84,7 @@ export interface SwitchyardOptions {
 export function switchyard(options: SwitchyardOptions): TransformerArchitecture {
   return {
     modelTypes: ["switchyard"],
-    read: (checkpoint, engine, { memory }) => read(checkpoint, engine, options, memory),
+    read: (checkpoint, engine, { memory } = {}) => read(checkpoint, engine, options, memory),
   };
 }
 

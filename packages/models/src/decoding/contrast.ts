@@ -38,16 +38,20 @@ export function contrast(
     if (!(temperature > 0 && Number.isFinite(temperature))) {
       throw new ShapeError(`contrast: the ${which} temperature is ${temperature}; expected a number above 0`);
     }
-    return Float64Array.from(logits, (z) => z / temperature);
+    const values = new Float64Array(logits);
+    if (temperature !== 1) for (let i = 0; i < values.length; i++) values[i] = (values[i] as number) / temperature;
+    return values;
   };
   const [zs, zw] = [scaled(strong, "strong"), scaled(weak, "weak")];
   const cutoff = Math.log(alpha) + highest("contrast", zs);
-  const logits = zs.map((z, i) => {
-    if (z < cutoff || z === Number.NEGATIVE_INFINITY) return Number.NEGATIVE_INFINITY;
-    const away = zw[i] ?? Number.NaN;
+  const logits = new Float64Array(zs.length).fill(Number.NEGATIVE_INFINITY);
+  for (let i = 0; i < zs.length; i++) {
+    const z = zs[i] as number;
+    if (z < cutoff || z === Number.NEGATIVE_INFINITY) continue;
+    const away = zw[i] as number;
     if (!Number.isFinite(away))
       throw new ShapeError(`contrast: the weak logit of token ${i} is ${away}; expected a number`);
-    return (1 + beta) * z - beta * away;
-  });
+    logits[i] = (1 + beta) * z - beta * away;
+  }
   return { logits, cutoff };
 }

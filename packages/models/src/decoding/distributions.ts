@@ -3,15 +3,23 @@ import { ShapeError } from "@switchyard/core";
 
 /** Natural logarithms of the probabilities that logits stand for; -Infinity stays. Throws ShapeError for NaN, Infinity, or nothing else than -Infinity. */
 export function logProbabilities(name: string, logits: ArrayLike<number>): Float64Array {
-  const values = Float64Array.from(logits);
-  const top = highest(name, values);
-  const logSum = top + Math.log(values.reduce((sum, z) => sum + Math.exp(z - top), 0));
+  const values = new Float64Array(logits);
+  const logSum = logSumExp(name, values);
   return values.map((z) => z - logSum);
+}
+
+/** ln Σ exp z. Throws ShapeError as above. */
+export function logSumExp(name: string, logits: Float64Array): number {
+  const top = highest(name, logits);
+  let sum = 0;
+  for (let i = 0; i < logits.length; i++) sum += Math.exp((logits[i] as number) - top);
+  return top + Math.log(sum);
 }
 
 /** The largest of some logits. Throws ShapeError as above. */
 export function highest(name: string, logits: Float64Array): number {
-  const top = logits.reduce((most, z) => Math.max(most, z), Number.NEGATIVE_INFINITY);
+  let top = Number.NEGATIVE_INFINITY;
+  for (let i = 0; i < logits.length; i++) top = Math.max(top, logits[i] as number);
   if (Number.isFinite(top)) return top;
   throw new ShapeError(
     `${name}: the largest logit of ${logits.length} is ${top}; expected numbers, or -Infinity for what is masked`,

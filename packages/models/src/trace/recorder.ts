@@ -2,14 +2,16 @@
 // decided, and hands whole chunks to a writer.
 import { ShapeError, type TypedArray, UnsupportedError } from "@switchyard/core";
 import type { Plan, Routed } from "@switchyard/core/moe";
-import type { RoutingTrace } from "../model.ts";
+import type { RoutingPlace, RoutingTrace } from "../model.ts";
 import type { TraceChunk, TraceChunkLayer, TraceHeader, TraceLayer } from "./format.ts";
 import { type TraceSink, type TraceWriter, traceWriter } from "./writer.ts";
 
 export interface TraceRecorderOptions {
   readonly model: TraceHeader["model"];
-  /** Real experts of every layer; ids from there on are null experts. */
-  readonly experts: number;
+  /** Real experts of every layer; ids from there on are null experts. Default: what `routing` says. */
+  readonly experts?: number;
+  /** `Model.routing`: which layers the recorded numbers stand for, and how many experts each has. Default: the layers themselves. */
+  readonly routing?: readonly RoutingPlace[];
   /** Null experts; default 0. */
   readonly nulls?: number;
   /** Ids per token and layer; default: what the first pass has. Later passes may have fewer. */
@@ -107,6 +109,14 @@ async function choices(
   }
 }
 
+/** Throws ShapeError where neither `experts` nor `routing` says it. */
+function expertsOf({ experts, routing }: TraceRecorderOptions, layer: number): number {
+  const found = experts ?? routing?.[layer]?.experts;
+  if (found === undefined)
+    throw new ShapeError(`routing trace: how many experts has layer ${layer}? Set experts, or routing`);
+  return found;
+}
+
 async function layerRecord(
   layer: number,
   routed: Routed,
@@ -114,7 +124,7 @@ async function layerRecord(
   tokens: number,
 ): Promise<LayerRecord> {
   const plans = [routed.plan, ...(routed.more ?? []).map(({ plan }) => plan)];
-  const wide = options.experts + (options.nulls ?? 0);
+  const wide = expertsOf(options, layer) + (options.nulls ?? 0);
   const wanted = options.logits ?? null;
   if (wanted && !routed.logits)
     throw new UnsupportedError(`layer ${layer}: its router gives no logits; leave them out`);
@@ -166,22 +176,25 @@ export function traceRecorder(sink: TraceSink, options: TraceRecorderOptions): T
   }
   let writer: TraceWriter | undefined;
   let header: TraceHeader | undefined;
+  /** The numbers that the layers of the header were recorded with. */
+  let recorded: readonly number[] = [];
   let waiting: Omit<TraceChunk, "first">[] = [];
   let passes = 0;
 
   const makeHeader = (records: readonly LayerRecord[]): TraceHeader => {
-    const { experts, nulls, expertBytes, labels = [], sequences = [], tokenizer = null, tool, extra } = options;
+    const { routing, nulls, expertBytes, labels = [], sequences = [], tokenizer = null, tool, extra } = options;
     const layers = records.map(
       ({ layer, plan, slots }): TraceLayer => ({
-        index: layer,
-        experts,
+        index: routing?.[layer]?.layer ?? layer,
+        ...(routing?.[layer]?.part === "attention" ? { name: "attention" } : {}),
+        experts: expertsOf(options, layer),
         ...(nulls === undefined ? {} : { nulls }),
         slots: options.slots ?? slots,
         plan,
         ...(expertBytes === undefined ? {} : { expertBytes }),
       }),
     );
-    const wide = experts + (nulls ?? 0);
+    const wide = Math.max(...layers.map(({ experts }) => experts)) + (nulls ?? 0);
     return {
       format: "moe-routing-trace",
       version: 1,
@@ -202,7 +215,7 @@ export function traceRecorder(sink: TraceSink, options: TraceRecorderOptions): T
 
   const fit = (head: TraceHeader, records: readonly LayerRecord[], tokens: number): TraceChunkLayer[] => {
     const found = records.map(({ layer }) => layer).join();
-    const wanted = head.layers.map(({ index }) => index).join();
+    const wanted = recorded.join();
     if (found !== wanted) throw new ShapeError(`routing trace: layers ${found} were recorded, earlier ${wanted}`);
     return records.map((record, i) => {
       const { slots, plan, index } = head.layers[i] as TraceLayer;
@@ -252,7 +265,10 @@ export function traceRecorder(sink: TraceSink, options: TraceRecorderOptions): T
         async done() {
           const layers = await Promise.all(records.splice(0));
           if (layers.length === 0) throw new ShapeError("routing trace: no layer was recorded in this pass");
-          header ??= makeHeader(layers);
+          if (!header) {
+            header = makeHeader(layers);
+            recorded = layers.map(({ layer }) => layer);
+          }
           const fitted = fit(header, layers, tokens);
           if (tokens === 0) return;
           waiting.push({ ...columns, pass: new Uint32Array(tokens).fill(passes++), layers: fitted });

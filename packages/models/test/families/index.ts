@@ -1,4 +1,5 @@
 // All families of vectors that this package runs, by the name that stands in their files.
+import { packFamilies } from "./pack.ts";
 import { type Family, selfContrastFamilies } from "./self-contrast.ts";
 
-export const families: Readonly<Record<string, Family>> = { ...selfContrastFamilies };
+export const families: Readonly<Record<string, Family>> = { ...selfContrastFamilies, ...packFamilies };

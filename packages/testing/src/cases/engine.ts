@@ -8,6 +8,7 @@ import {
   affine,
   autodiff,
   combineRows,
+  concat,
   crossEntropy,
   dispatch,
   dispose,
@@ -293,6 +294,31 @@ function storage(): BackendCase[] {
       if (engine.live() !== before) throw new Error(`${engine.live() - before} handles more after updates in place`);
       one.dispose();
       await check("the sum", x, floats([37], new Float32Array(37).fill(1000)), tolerance);
+    }),
+    behaviour("engine/what is given to concat grows", async (engine) => {
+      const next = generator("concat");
+      for (const [shape, axis] of [
+        [[1, 3, 5], 1],
+        [[3, 5], 0],
+        [[2, 1, 4], 1],
+        [[0, 7], 0],
+      ] as const) {
+        const parts = Array.from({ length: 30 }, () => uniform(next, shape));
+        const before = engine.live();
+        let all = upload(engine, get(parts, 0));
+        let view: Tensor | undefined;
+        for (const part of parts.slice(1)) {
+          const x = upload(engine, part);
+          // Someone else looks at the storage: it may not be written behind.
+          if (part === parts[17]) view = reshape(all, [all.size]);
+          all = concat([engine.give(all), x], axis);
+          x.dispose();
+        }
+        await check(`30 parts of [${shape}]`, all, oracle.concat(parts, axis), exact);
+        const seen = oracle.concat(parts.slice(0, 17), axis);
+        if (view) await check("the view", view, { shape: [seen.data.length], data: seen.data }, exact);
+        if (engine.live() !== before) throw new Error(`${engine.live() - before} handles more after growing`);
+      }
     }),
     behaviour("engine/memory of many sizes is reused", async (engine, tolerance) => {
       const next = generator("sizes");

@@ -75,6 +75,8 @@ function transpose(device: Device, x: Input, y: Block, perm: readonly number[]):
   device.launch("gatherStrided", job, sizeOf(dims), total * 1.5);
 }
 
+const growing = (kernel: Kernel<Block>): Kernel<Block> => Object.assign(kernel, { grows: true as const });
+
 type Primitive = "reshape" | "transpose" | "slice" | "concat" | "takeRows" | "addRows";
 
 export function shapeKernels(
@@ -112,20 +114,25 @@ export function shapeKernels(
       },
     ),
 
-    concat: device.kernel("concat", (inputs, [spec], { axis }: { axis: number }) => {
-      if (!spec) return [];
-      const y = device.result(spec);
-      const outer = sizeOf(spec.shape.slice(0, axis));
-      const inner = sizeOf(spec.shape.slice(axis + 1)) * elementBytes(spec.dtype);
-      const line = at(spec.shape, axis) * inner;
-      let to = y.ptr;
-      for (const x of inputs) {
-        const bytes = at(x.shape, axis) * inner;
-        copyRuns(device, x.handle.ptr, to, { dims: [outer], x: [bytes], y: [line], bytes });
-        to += bytes;
-      }
-      return [y];
-    }),
+    concat: growing(
+      device.kernel("concat", (inputs, [spec], { axis }: { axis: number }) => {
+        if (!spec) return [];
+        const outer = sizeOf(spec.shape.slice(0, axis));
+        const inner = sizeOf(spec.shape.slice(axis + 1)) * elementBytes(spec.dtype);
+        const line = at(spec.shape, axis) * inner;
+        const { reuse, ...rest } = spec;
+        const stays = reuse !== undefined && outer === 1 && reuse.bytes >= line;
+        // What grows once will grow again: half as much more, so that n appends copy O(n) and not O(n^2) bytes.
+        const y = stays ? reuse : device.result(rest, reuse && outer === 1 ? line + line / 2 : 0);
+        let to = y.ptr;
+        for (const [i, x] of inputs.entries()) {
+          const bytes = at(x.shape, axis) * inner;
+          if (i > 0 || !stays) copyRuns(device, x.handle.ptr, to, { dims: [outer], x: [bytes], y: [line], bytes });
+          to += bytes;
+        }
+        return [y];
+      }),
+    ),
 
     takeRows: device.kernel(
       "takeRows",

@@ -5,6 +5,7 @@ import { adamw, trainer } from "@switchyard/core/train";
 import { languageModelTask, randomWindows, readSnapshot, transformer } from "@switchyard/models";
 import { topK } from "@switchyard/routers/top-k";
 import { backendCases } from "@switchyard/testing/backend-cases";
+import { golden } from "./golden.js";
 
 // How often this thread waited for others, and how often it took a piece of work that others could have taken.
 const counts = { wait: 0, compareExchange: 0 };
@@ -171,5 +172,8 @@ export function makeJob(makers) {
     return { error, again, losses, rejections };
   }
 
-  return { cases, train, beginLosing, endLosing, place, readFile };
+  /** Runs recorded checkpoints; see golden.js. */
+  const checkpoints = (name, options, requests) => onBackend(name, options, (on) => golden(on, requests));
+
+  return { cases, train, checkpoints, beginLosing, endLosing, place, readFile };
 }

@@ -29,4 +29,15 @@ async function everything() {
   return Object.fromEntries(Object.entries(modules).map(([name, module]) => [name, Object.keys(module).length]));
 }
 
-globalThis.switchyard = { onMainThread: makeJob(makers), inWorker, withPeers, everything };
+const onMainThread = makeJob(makers);
+
+/** Runs recorded checkpoints, each from the files chosen in an input of the page. */
+function withChosenFiles(where, name, options, requests) {
+  const inputs = [...document.querySelectorAll("input[type=file]")];
+  const all = requests.map((request, i) => ({ ...request, files: [...inputs[i].files] }));
+  return where === "worker"
+    ? inWorker("checkpoints", name, options, all)
+    : onMainThread.checkpoints(name, options, all);
+}
+
+globalThis.switchyard = { onMainThread, inWorker, withPeers, withChosenFiles, everything };

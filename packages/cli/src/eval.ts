@@ -1,0 +1,149 @@
+// `switchyard eval`: how well a model foretells a text.
+import { readFileSync } from "node:fs";
+import { CheckpointError, UnsupportedError } from "@switchyard/core";
+import { type EvaluateProgress, type Evaluation, evaluateText, evaluateTokens } from "@switchyard/models";
+import { type ArgsDef, defineCommand, renderUsage } from "citty";
+import { readArguments, tokenIds } from "./arguments.ts";
+import { interruptible } from "./interrupt.ts";
+import type { CommandLine } from "./main.ts";
+import { modelArgs, modelArguments, modelName, needTokenizer, withModel } from "./model-arguments.ts";
+import { progressBar } from "./progress.ts";
+import type { Streams } from "./terminal.ts";
+
+const evalArgs = {
+  text: { type: "string", description: "A text file in UTF-8", valueHint: "FILE" },
+  ids: {
+    type: "string",
+    description: "A file of token ids, apart by commas or white space, where the checkpoint has no tokenizer",
+    valueHint: "FILE",
+  },
+  context: { type: "string", description: "Tokens of a window (default: the context of the model)", valueHint: "N" },
+  stride: {
+    type: "string",
+    description: "Tokens from one window to the next (default: half a window); smaller: lower perplexity, more time",
+    valueHint: "N",
+  },
+  chunk: {
+    type: "string",
+    description: "Tokens per pass, which bounds the memory for logits (default 128)",
+    valueHint: "N",
+  },
+  ...modelArgs,
+  json: { type: "boolean", description: "Print the figures as JSON" },
+} as const satisfies ArgsDef;
+
+const evalCommand = defineCommand({
+  meta: {
+    name: "switchyard eval",
+    description: "Perplexity and bits per byte of a model on a text, over sliding windows",
+  },
+  args: {
+    dir: { type: "positional", description: "A checkpoint in the Hugging Face layout", required: true },
+    ...evalArgs,
+  },
+});
+
+const example = `
+EXAMPLE
+
+  switchyard eval OLMoE-1B-7B --text novel.txt --context 2048 --stride 512
+  switchyard eval my-model --ids ids.txt --json
+
+Ctrl-C ends it with the figures of what has been read so far.
+`;
+
+function read(path: string): string {
+  let bytes: Uint8Array;
+  try {
+    bytes = readFileSync(path);
+  } catch (cause) {
+    const missing = cause instanceof Error && "code" in cause && cause.code === "ENOENT";
+    const why = missing ? "there is no such file" : cause instanceof Error ? cause.message : String(cause);
+    throw new CheckpointError(`cannot read ${path}: ${why}`, { cause });
+  }
+  try {
+    return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
+  } catch (cause) {
+    throw new UnsupportedError(`${path} is no text in UTF-8`, { cause });
+  }
+}
+
+function figures({ tokens, scored, windows, bytes, perplexity, bitsPerToken, bitsPerByte }: Evaluation): string {
+  const lines = [
+    `perplexity      ${perplexity.toFixed(4)}`,
+    `bits per token  ${bitsPerToken.toFixed(4)}`,
+    ...(bitsPerByte === undefined ? [] : [`bits per byte   ${bitsPerByte.toFixed(4)}`]),
+    `foretold        ${scored} of ${tokens} tokens${bytes === undefined ? "" : `, ${bytes} bytes`}, in ${windows} windows`,
+  ];
+  return `${lines.join("\n")}\n`;
+}
+
+/** Runs the command. Answers the exit code. @throws UnsupportedError, CheckpointError, ShapeError for what a user can mend. */
+export async function evaluate(rest: readonly string[], options: CommandLine, streams: Streams): Promise<number> {
+  if (rest.includes("--help") || rest.includes("-h")) {
+    streams.out(`${await renderUsage(evalCommand)}\n${example}`);
+    return 0;
+  }
+  const given = readArguments("eval", evalArgs, rest);
+  const args = modelArguments("eval", given);
+  const [textFile, idsFile] = [given.text("text"), given.text("ids")];
+  if ((textFile === undefined) === (idsFile === undefined)) {
+    const found = textFile === undefined ? "neither" : "both";
+    throw new UnsupportedError(`eval needs a text: --text FILE, or --ids FILE with token ids; found ${found}`);
+  }
+  const [context, stride] = [given.whole("context", { from: 2 }), given.whole("stride", { from: 1 })];
+  const chunk = given.whole("chunk", { from: 1 });
+  const text = textFile === undefined ? undefined : read(textFile);
+  const ids = idsFile === undefined ? undefined : tokenIds(idsFile, read(idsFile));
+  const bar = progressBar(streams);
+  return interruptible(
+    options,
+    () => {
+      bar.end();
+      streams.error("Finishing this pass. Ctrl-C again ends at once.\n");
+    },
+    (signal) =>
+      withModel(args, async (open) => {
+        let latest: EvaluateProgress | undefined;
+        const started = performance.now();
+        const how = {
+          ...(context === undefined ? {} : { context }),
+          ...(stride === undefined ? {} : { stride }),
+          ...(chunk === undefined ? {} : { chunk }),
+          signal,
+          onProgress(progress: EvaluateProgress) {
+            latest = progress;
+            const { sofar, done, total } = progress;
+            if (sofar.scored > 0) bar.update("Evaluating", done, total, `perplexity ${sofar.perplexity.toFixed(3)}`);
+          },
+        };
+        const report = (found: Evaluation, complete: boolean): void => {
+          bar.end();
+          const seconds = (performance.now() - started) / 1000;
+          const model = modelName(open);
+          if (given.flag("json")) {
+            streams.out(`${JSON.stringify({ schema: "switchyard/eval/1", model, complete, ...found, seconds })}\n`);
+          } else streams.out(`${model} on ${textFile ?? idsFile}\n\n${figures(found)}`);
+        };
+        try {
+          const found =
+            text === undefined
+              ? await evaluateTokens(open.model, ids ?? [], how)
+              : await evaluateText(open.model, needTokenizer(open, "--text", "Give token ids: --ids FILE"), text, how);
+          report(found, true);
+          return 0;
+        } catch (error) {
+          if (!signal.aborted) throw error;
+          if (latest === undefined || latest.sofar.scored === 0)
+            streams.error("Stopped before anything was foretold.\n");
+          else {
+            report(latest.sofar, false);
+            streams.error(`Stopped after ${Math.floor((100 * latest.done) / latest.total)} %.\n`);
+          }
+          return 130;
+        } finally {
+          bar.end();
+        }
+      }),
+  );
+}

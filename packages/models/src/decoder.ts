@@ -1,0 +1,753 @@
+// The runtime of every blueprint: embedding, layers of pre-norm attention and feed-forward, norm, head. `forward` runs a whole pass
+// and can be differentiated; `step` runs layer by layer and gives experts time to be loaded.
+import {
+  add,
+  affine,
+  cast,
+  type Engine,
+  hostConstant,
+  layerNorm,
+  leaves,
+  random as makeRandom,
+  mapTree,
+  type Random,
+  reshape,
+  rmsNorm,
+  ShapeError,
+  slice,
+  type Tensor,
+  type Tree,
+  takeRows,
+  UnsupportedError,
+} from "@switchyard/core";
+import {
+  dispatchPlan,
+  type Experts,
+  gatherRows,
+  layerParams,
+  type MoELayer,
+  type MoEOptions,
+  moe,
+  moeLayer,
+  type Routed,
+  type Router,
+  type RouterContext,
+  type RouterInput,
+  type RouterPlugin,
+  routeTokens,
+  runExperts,
+  tokenMask,
+} from "@switchyard/core/moe";
+import { groupedAttention } from "./attention/grouped.ts";
+import type { AttentionModule, Turns } from "./attention/kind.ts";
+import { latentAttention } from "./attention/latent.ts";
+import { mixtureAttention } from "./attention/mixture.ts";
+import type { Blueprint, LayerBlueprint } from "./blueprint.ts";
+import { TransformerCache } from "./cache.ts";
+import { expertSet } from "./feed-forward.ts";
+import type { ForwardOptions, KvCache, Model, RoutingPlace } from "./model.ts";
+import { type Rotary, ropeTables } from "./rope.ts";
+import { product } from "./stored-matrix.ts";
+import type { ExpertStore } from "./streamed-experts.ts";
+import { branch, leaf, tensorsIn } from "./tree.ts";
+
+export interface PassOptions extends ForwardOptions {
+  /** Default false. */
+  readonly training?: boolean;
+  /** Optimiser steps done; default 0. */
+  readonly step?: number;
+  readonly totalSteps?: number;
+  /** Repetition of the same batch (THOR); default 0. */
+  readonly pass?: number;
+  /** Keyed by (seed, step, pass, micro-batch); default: seed 0. */
+  readonly random?: Random;
+  /** One tree per router, instead of the model's own. */
+  readonly buffers?: readonly Tree[];
+  /** Handed to routers. */
+  readonly schedule?: Readonly<Record<string, number | boolean>>;
+  /** `[load]` per router, handed to routers. */
+  readonly globalLoad?: readonly Tensor[];
+  /**
+   * Is told the inputs of every matrix of the routed experts, rows sorted by expert: `parameter` is the path of the
+   * matrix in `params` ("layers.0.moe.experts.gateUp").
+   */
+  readonly observe?: (parameter: string, layer: number, rows: Tensor, ends: Tensor) => void;
+}
+
+/** A decoder that runs: what every architecture gives. */
+export interface LanguageModel extends Model {
+  readonly engine: Engine;
+  readonly blueprint: Blueprint;
+  /** In the order of `routing`. */
+  readonly routers: readonly Router[];
+  /** The routers' buffers, one tree per router. */
+  readonly buffers: readonly Tree[];
+  /** Where the experts are read from, if not all are in memory. */
+  readonly streamed?: ExpertStore;
+  /**
+   * ids i32 [batch, sequence] -> logits [batch, sequence, vocabulary], and what each router decided. Ids outside the
+   * vocabulary embed to zero. Throws ShapeError for a sequence beyond `context`, UnsupportedError for a router that looks
+   * ahead and for streamed experts.
+   */
+  forward(
+    params: Tree,
+    ids: Tensor,
+    options?: PassOptions,
+  ): { readonly logits: Tensor; readonly routed: readonly Routed[] };
+  /**
+   * Logits [batch, vocabulary] of the last position, or of all with `positions: "all"`, layer by layer. What a trace records or a
+   * watch sees is valid during the call only: read it or `alias` it.
+   */
+  step(ids: Tensor, options?: ForwardOptions): Promise<Tensor>;
+  /** The same model with other parameters and buffers, for example a trainer's. Nothing is copied. */
+  with(state: { readonly params?: Tree; readonly buffers?: readonly Tree[] }): LanguageModel;
+}
+
+/** Where the parameters come from. */
+export interface Parameters {
+  /** A parameter by its path: a tensor, or a node of `stored-matrix.ts`. */
+  given(path: string, shape: readonly number[]): Tree;
+  /** A parameter or buffer of a router, by path; undefined: the one that the router made stays. */
+  router?(path: string, shape: readonly number[]): Tensor | undefined;
+  /** Routed experts that are not in memory, instead of parameters. */
+  readonly streamed?: ExpertStore;
+}
+
+/** Shapes of all parameters but the routers', by their path. */
+export function blueprintShapes(blueprint: Blueprint): ReadonlyMap<string, readonly number[]> {
+  const { vocabulary, width, layers, norm, tieEmbeddings, headBias = false } = blueprint;
+  const shapes = new Map<string, readonly number[]>([["embed", [vocabulary, width]]]);
+  const addNorm = (path: string): void => {
+    shapes.set(path, [width]);
+    if (norm.kind === "layer") shapes.set(`${path}Bias`, [width]);
+  };
+  const addExperts = (
+    path: string,
+    { count, hidden, bias = false }: { count: number; hidden: number; bias?: boolean },
+  ) => {
+    shapes.set(`${path}.gateUp`, [count, 2 * hidden, width]);
+    shapes.set(`${path}.down`, [count, width, hidden]);
+    if (bias) shapes.set(`${path}.gateUpBias`, [count, 2 * hidden]).set(`${path}.downBias`, [count, width]);
+  };
+  for (const [layer, { attention, feedForward }] of layers.entries()) {
+    const at = (name: string): string => `layers.${layer}.${name}`;
+    addNorm(at("attentionNorm"));
+    for (const [name, shape] of Object.entries(attentionModule(attention, blueprint).shapes)) {
+      shapes.set(at(`attention.${name}`), shape);
+    }
+    addNorm(at("moeNorm"));
+    if (feedForward.kind === "dense") {
+      addExperts(at("dense"), { count: 1, hidden: feedForward.hidden });
+      continue;
+    }
+    const { experts: count, hidden, bias = false, shared, outputBias } = feedForward;
+    addExperts(at("moe.experts"), { count, hidden, bias });
+    if (shared) addExperts(at("moe.shared.0.experts"), { count: 1, hidden: shared.hidden });
+    if (shared?.gate) shapes.set(at("moe.shared.0.gate"), [1, width]);
+    if (outputBias) shapes.set(at("moeBias"), [width]);
+  }
+  addNorm("norm");
+  if (!tieEmbeddings) shapes.set("head", [vocabulary, width]);
+  if (headBias) shapes.set("headBias", [vocabulary]);
+  return shapes;
+}
+
+function attentionModule(
+  attention: LayerBlueprint["attention"],
+  { width, norm }: Blueprint,
+  router?: Router,
+): AttentionModule {
+  switch (attention.kind) {
+    case "grouped":
+      return groupedAttention(attention, width, norm);
+    case "latent":
+      return latentAttention(attention, width);
+    case "mixture":
+      return mixtureAttention(attention, width, router);
+    default:
+      return attention satisfies never;
+  }
+}
+
+/** One layer, ready to run. */
+interface Layer {
+  readonly attention: AttentionModule;
+  readonly rope: Rotary;
+  /** Places in `routing`. */
+  readonly attentionPlace: number | undefined;
+  readonly feedForward:
+    | { readonly kind: "moe"; readonly module: MoELayer; readonly place: number; readonly outputBias: boolean }
+    | { readonly kind: "dense"; readonly experts: Experts };
+}
+
+interface Parts {
+  readonly layers: readonly Layer[];
+  readonly plugins: readonly RouterPlugin[];
+  readonly routers: readonly Router[];
+  readonly routing: readonly RoutingPlace[];
+  readonly params: Tree;
+  readonly buffers: readonly Tree[];
+  readonly streamed?: ExpertStore;
+}
+
+/** A tree from values by path: "a.b" becomes { a: { b: value } }. */
+type Branch = { [name: string]: Tree | Branch };
+function plant(root: Branch, path: string, value: Tree): void {
+  const names = path.split(".");
+  const last = names.pop() as string;
+  let at = root;
+  for (const name of names) {
+    at[name] ??= {};
+    at = at[name] as Branch;
+  }
+  at[last] = value;
+}
+
+/**
+ * A model of a blueprint. Throws ShapeError where sizes do not fit together, UnsupportedError for a router that needs what text does
+ * not have.
+ */
+export function buildDecoder(
+  engine: Engine,
+  blueprint: Blueprint,
+  { random, parameters }: { readonly random: Random; readonly parameters: Parameters },
+): LanguageModel {
+  const { width, vocabulary, tokenCounts } = blueprint;
+  const shapes = blueprintShapes(blueprint);
+  const shared = new Map<string, unknown>();
+  const [plugins, routers, routing]: [RouterPlugin[], Router[], RoutingPlace[]] = [[], [], []];
+  const layers: Layer[] = [];
+  const layerTrees: Tree[] = [];
+  const outside: Branch = {};
+  const trees = blueprint.layers.map((): Branch => ({}));
+  const streamed = new Map<number, Experts>();
+  for (const [layer, { feedForward }] of blueprint.layers.entries()) {
+    const away = feedForward.kind === "moe" ? parameters.streamed?.experts(layer, feedForward) : undefined;
+    if (away) streamed.set(layer, away);
+  }
+  for (const [path, shape] of shapes) {
+    const [, layer, rest = path] = /^layers\.(\d+)\.(.+)$/.exec(path) ?? [];
+    if (layer !== undefined && rest.startsWith("moe.experts.") && streamed.has(Number(layer))) continue;
+    plant(layer === undefined ? outside : (trees[Number(layer)] as Branch), rest, parameters.given(path, shape));
+  }
+
+  const contextOf = (layer: number, experts: number, part: RoutingPlace["part"]): RouterContext => {
+    const { attention } = blueprint.layers[layer] as LayerBlueprint;
+    return {
+      engine,
+      width,
+      experts,
+      ...(attention.kind === "mixture" ? {} : { heads: attention.heads }),
+      layer,
+      layers: blueprint.layers.length,
+      vocabulary,
+      ...(tokenCounts ? { tokenCounts } : {}),
+      random: random.at("router", ...(part === "attention" ? [part] : []), layer),
+      shared: <T>(key: string, make: () => T): T => {
+        if (!shared.has(key)) shared.set(key, make());
+        return shared.get(key) as T;
+      },
+    };
+  };
+  /** The router with the parameters and buffers that a checkpoint has for it. */
+  const settle = (router: Router, path: string): Router => {
+    const { router: find } = parameters;
+    if (!find) return router;
+    const swap = <T extends Tree>(tree: T, prefix: string): T =>
+      mapTree(tree, (x, name) => {
+        const found = find(`${path}.${prefix}.${name}`, x.shape);
+        if (found) x.dispose();
+        return found ?? x;
+      });
+    const [params, buffers] = [swap(router.params, "router"), swap(router.buffers, "buffers")];
+    return Object.create(router, {
+      params: { value: params, enumerable: true },
+      buffers: { value: buffers, enumerable: true },
+    });
+  };
+  const enlist = (plugin: RouterPlugin, router: Router, place: RoutingPlace): number => {
+    plugins.push(plugin);
+    routers.push(router);
+    return routing.push(place) - 1;
+  };
+
+  for (const [layer, { attention, feedForward }] of blueprint.layers.entries()) {
+    const own = trees[layer] as Branch;
+    let attentionPlace: number | undefined;
+    let headRouter: Router | undefined;
+    if (attention.kind === "mixture") {
+      checkNeeds(attention.router);
+      const router = settle(
+        attention.router.init(contextOf(layer, attention.experts, "attention")),
+        `layers.${layer}.attention`,
+      );
+      plant(own, "attention.router", router.params);
+      attentionPlace = enlist(attention.router, router, { layer, part: "attention", experts: attention.experts });
+      headRouter = router;
+    }
+    const common = { attention: attentionModule(attention, blueprint, headRouter), rope: attention.rope, attentionPlace };
+    const { activation = "silu" } = feedForward;
+    if (feedForward.kind === "dense") {
+      const { hidden } = feedForward;
+      const experts = expertSet({ count: 1, width, hidden, activation, bias: false, params: branch(own, "dense") });
+      layers.push({ ...common, feedForward: { kind: "dense", experts } });
+      layerTrees.push(own);
+      continue;
+    }
+    const { experts: count, hidden, bias = false, router: plugin, shared: every, outputBias = false } = feedForward;
+    checkNeeds(plugin);
+    const experts =
+      streamed.get(layer) ??
+      expertSet({ count, width, hidden, activation, bias, params: branch(own, "moe", "experts") });
+    const sharedExperts = every && {
+      experts: expertSet({
+        count: 1,
+        width,
+        hidden: every.hidden,
+        activation,
+        bias: false,
+        params: branch(own, "moe", "shared", "0", "experts"),
+      }),
+      ...(every.gate ? { gate: leaf(own, "moe", "shared", "0", "gate") } : {}),
+    };
+    const made = moeLayer(plugin, contextOf(layer, count, "feedForward"), {
+      experts,
+      ...(sharedExperts ? { shared: [sharedExperts] } : {}),
+    });
+    const module = { ...made, router: settle(made.router, `layers.${layer}.moe`) };
+    const place = enlist(plugin, module.router, { layer, part: "feedForward", experts: count });
+    layers.push({ ...common, feedForward: { kind: "moe", module, place, outputBias } });
+    layerTrees.push({ ...own, moe: layerParams(module) });
+  }
+  const { embed, ...rest } = outside;
+  const params = { embed, layers: layerTrees, ...rest } as Tree;
+  return assemble(engine, blueprint, {
+    layers,
+    plugins,
+    routers,
+    routing,
+    params,
+    buffers: routers.map(({ buffers }) => buffers),
+    ...(parameters.streamed ? { streamed: parameters.streamed } : {}),
+  });
+}
+
+function checkNeeds(plugin: RouterPlugin): void {
+  const need = plugin.needs.find((one) => one === "modalityIds" || one === "target");
+  if (need === undefined) return;
+  throw new UnsupportedError(
+    `router ${plugin.name} needs "${need}", which a text model does not have; use another router`,
+  );
+}
+
+/** The same router with other buffers; everything else is inherited, so that any kind of object works. */
+const withBuffers = (router: Router, buffers: Tree): Router =>
+  router.buffers === buffers ? router : Object.create(router, { buffers: { value: buffers, enumerable: true } });
+
+/** What is the same for all layers of one pass. */
+interface PassState {
+  readonly params: Tree;
+  readonly options: PassOptions;
+  readonly buffers: readonly Tree[];
+  readonly random: Random;
+  readonly layout: RouterInput["layout"];
+  readonly cache: TransformerCache | undefined;
+  readonly tokenIds: Tensor;
+  readonly turns: ReadonlyMap<Rotary, Turns>;
+}
+
+function assemble(engine: Engine, blueprint: Blueprint, parts: Parts): LanguageModel {
+  const { vocabulary, width, context, norm, tieEmbeddings, headBias = false } = blueprint;
+  const { layers, plugins, routing, params: ownParams, buffers: ownBuffers } = parts;
+  const ropes = [...new Set(layers.map(({ rope }) => rope))];
+  const scaled = (x: Tensor, scale: number | undefined): Tensor =>
+    scale === undefined || scale === 1 ? x : affine(x, { scale, shift: 0 });
+
+  const checkCausal = (training: boolean, allowed: boolean): void => {
+    const plugin = plugins.find(({ causal }) => !(training ? causal.training : causal.evaluation));
+    if (allowed || plugin === undefined) return;
+    const use = training
+      ? "training a language model on it leaks the future into the loss"
+      : "it can neither generate text nor be judged as if it could";
+    throw new UnsupportedError(
+      `router ${plugin.name} chooses experts by looking at later tokens, so ${use}; ` +
+        "use a causal router, or set allowNonCausal: true if that is wanted",
+    );
+  };
+
+  const checkCache = (cache: KvCache | undefined, batch: number): TransformerCache | undefined => {
+    if (cache === undefined) return undefined;
+    if (!(cache instanceof TransformerCache)) {
+      throw new UnsupportedError(
+        "transformer: this cache was made by another kind of model; use model.newCache(batch)",
+      );
+    }
+    if (cache.batch !== batch)
+      throw new ShapeError(`transformer: the cache has ${cache.batch} rows, the ids have ${batch}`);
+    return cache;
+  };
+
+  /** Cosines and sines of the new positions; rows that start with padding count from their first token. */
+  const turnsOf = (like: Tensor, rope: Rotary, sizes: PassSizes): Turns => {
+    const { past, sequence, padding = [] } = sizes;
+    const half = rope.size / 2;
+    if (padding.every((n) => n === 0)) {
+      const tables = ropeTables(rope, { past, positions: sequence });
+      return {
+        cos: hostConstant(like, tables.cos, [sequence, half]),
+        sin: hostConstant(like, tables.sin, [sequence, half]),
+      };
+    }
+    const shape = [padding.length, sequence, half];
+    const [cos, sin] = [
+      new Float64Array(shape.reduce((n, d) => n * d, 1)),
+      new Float64Array(padding.length * sequence * half),
+    ];
+    for (const [row, before] of padding.entries()) {
+      const hidden = Math.min(Math.max(before - past, 0), sequence); // new positions that are padding: never seen, not turned
+      const tables = ropeTables(rope, { past: Math.max(past - before, 0), positions: sequence - hidden });
+      cos.set(tables.cos, (row * sequence + hidden) * half);
+      sin.set(tables.sin, (row * sequence + hidden) * half);
+    }
+    return { cos: hostConstant(like, cos, shape), sin: hostConstant(like, sin, shape) };
+  };
+
+  /** Checks the inputs; its tensors live in the scope of the caller. */
+  const begin = (params: Tree, ids: Tensor, options: PassOptions): PassState => {
+    const [batch, sequence] = ids.shape;
+    if (ids.shape.length !== 2 || ids.dtype !== "i32" || batch === undefined || sequence === undefined) {
+      throw new ShapeError(`transformer: ids must be i32 [batch, sequence], found ${ids.dtype} [${ids.shape}]`);
+    }
+    const { training = false, allowNonCausal = blueprint.allowNonCausal ?? false } = options;
+    checkCausal(training, allowNonCausal);
+    const cache = checkCache(options.cache, batch);
+    if (cache && training)
+      throw new UnsupportedError("transformer: a cache is for inference; leave it out while training");
+    const past = cache?.length ?? 0;
+    if (past + sequence > context) {
+      throw new ShapeError(
+        `transformer: ${past + sequence} positions (${past} of them cached), but context is ${context}`,
+      );
+    }
+    const { padding } = options;
+    const total = past + sequence;
+    const mask = options.mask ?? (padding && paddingMask(ids, padding, { batch, total }));
+    if (options.mask && padding) {
+      throw new ShapeError(
+        "transformer: mask and padding exclude one another; padding counts positions from each row's first token",
+      );
+    }
+    if (mask && mask.shape.join() !== [batch, total].join()) {
+      throw new ShapeError(
+        `transformer: mask is [${mask.shape}], expected [batch, past + sequence] = [${batch}, ${total}]`,
+      );
+    }
+    const sizes = { past, sequence, ...(padding ? { padding } : {}) };
+    return {
+      params,
+      options,
+      buffers: options.buffers ?? ownBuffers,
+      random: options.random ?? makeRandom(engine, 0),
+      layout: { batch, sequence, past, ...(mask ? { mask } : {}) },
+      cache,
+      tokenIds: reshape(ids, [batch * sequence]),
+      turns: new Map(ropes.map((rope) => [rope, turnsOf(ids, rope, sizes)])),
+    };
+  };
+
+  const normalise = (params: Tree, name: string, x: Tensor, eps = norm.eps): Tensor =>
+    norm.kind === "rms"
+      ? rmsNorm(x, leaf(params, name), { eps })
+      : layerNorm(x, leaf(params, name), leaf(params, `${name}Bias`), { eps });
+
+  /** The attention half of a layer: x [batch, sequence, width] -> the new residual and what the router gets to see. */
+  const attend = (pass: PassState, layer: number, x: Tensor, carry: Tree | undefined) => {
+    const { params, options, layout, cache, turns } = pass;
+    const { batch, sequence } = layout;
+    const own = branch(params, "layers", layer);
+    const { attention, rope, attentionPlace, feedForward } = layerOf(layer);
+    const { training = false, step = 0, totalSteps, pass: repetition = 0, override, schedule, watch } = options;
+    const inputOf = (hidden: Tensor, place: number): RouterInput => ({
+      hidden,
+      layout,
+      training,
+      step,
+      ...(totalSteps === undefined ? {} : { totalSteps }),
+      pass: repetition,
+      layer,
+      layers: layers.length,
+      random: pass.random.at("layer", layer),
+      buffers: pass.buffers[place] ?? [],
+      tokenIds: pass.tokenIds,
+      ...(schedule === undefined ? {} : { schedule }),
+    });
+    const attended = attention.run(branch(own, "attention"), {
+      hidden: normalise(own, "attentionNorm", x, blueprint.layerNormEps),
+      layout,
+      turns: turns.get(rope) as Turns,
+      remember(keys, values) {
+        cache?.append(layer, keys, values);
+        return cache?.layer(layer) ?? { keys, values };
+      },
+      cached: cache !== undefined,
+      routerInput: (hidden) => inputOf(hidden, attentionPlace ?? 0),
+    });
+    watch?.("attention", attended.output, layer);
+    const residual = add(x, scaled(attended.output, blueprint.residualScale));
+    const hidden = normalise(own, "moeNorm", residual, blueprint.layerNormEps);
+    watch?.("moeInput", hidden, layer);
+    const place = feedForward.kind === "moe" ? feedForward.place : 0;
+    const routerCache = cache?.layer(layer)?.router;
+    const globalLoad = options.globalLoad?.[place];
+    const input: RouterInput = {
+      ...inputOf(reshape(hidden, [batch * sequence, width]), place),
+      attention: attended.probabilities,
+      ...(carry === undefined ? {} : { carry }),
+      ...(routerCache === undefined ? {} : { cache: routerCache }),
+      ...(override === undefined ? {} : { override }),
+      ...(globalLoad === undefined ? {} : { globalLoad }),
+    };
+    return { residual, input, routed: attended.routed };
+  };
+
+  /** What the feed-forward part gave [tokens, width], added to the residual. */
+  const join = (pass: PassState, layer: number, residual: Tensor, output: Tensor): Tensor => {
+    const { feedForward } = layerOf(layer);
+    const biased =
+      feedForward.kind === "moe" && feedForward.outputBias
+        ? add(output, leaf(pass.params, "layers", layer, "moeBias"))
+        : output;
+    const y = reshape(biased, residual.shape);
+    const { watch } = pass.options;
+    watch?.("moeOutput", y, layer);
+    const x = add(residual, scaled(y, blueprint.residualScale));
+    watch?.("hidden", x, layer);
+    return x;
+  };
+  const runDense = (params: Tree, layer: number, experts: Experts, { hidden, layout }: RouterInput): Tensor => {
+    const ends = hostConstant(hidden, Int32Array.of(hidden.shape[0] ?? 0), [1]);
+    return experts.apply(branch(params, "layers", layer, "dense"), hidden, ends, layout).output;
+  };
+  const embedded = ({ params, tokenIds, layout: { batch, sequence }, options }: PassState): Tensor => {
+    const rows = takeRows(leaf(params, "embed"), tokenIds);
+    const x = reshape(rows.dtype === "f32" ? rows : cast(rows, "f32"), [batch, sequence, width]);
+    options.watch?.("embed", x, 0);
+    return scaled(x, blueprint.embedScale);
+  };
+  const toLogits = (params: Tree, x: Tensor, watch?: PassOptions["watch"]): Tensor => {
+    const y = normalise(params, "norm", x);
+    watch?.("finalNorm", y, 0);
+    const bias = headBias ? leaf(params, "headBias") : undefined;
+    return scaled(product(params, tieEmbeddings ? "embed" : "head", y, bias), blueprint.logitScale);
+  };
+  const layerOf = (layer: number): Layer => {
+    const found = layers[layer];
+    if (!found) throw new RangeError(`layer ${layer} of ${layers.length}`);
+    return found;
+  };
+  /** A pass that fails leaves the cache as it found it. */
+  const undoing = <T>(cache: TransformerCache | undefined, body: () => T): T => {
+    const length = cache?.length ?? 0;
+    try {
+      return body();
+    } catch (error) {
+      cache?.truncate(length);
+      throw error;
+    }
+  };
+
+  const forward: LanguageModel["forward"] = (params, ids, options = {}) =>
+    ids.engine.scope(() => {
+      const pass = begin(params, ids, options);
+      const { observe, trace } = options;
+      return undoing(pass.cache, () => {
+        const routed: Routed[] = [];
+        const note = (place: number, decided: Routed): void => {
+          trace?.record(place, decided);
+          routed.push(decided);
+        };
+        let x = embedded(pass);
+        let carry: Tree | undefined;
+        for (const [layer, { attentionPlace, feedForward }] of layers.entries()) {
+          const { residual, input, routed: heads } = attend(pass, layer, x, carry);
+          if (heads && attentionPlace !== undefined) note(attentionPlace, heads);
+          if (feedForward.kind === "dense") {
+            x = join(pass, layer, residual, runDense(params, layer, feedForward.experts, input));
+            continue;
+          }
+          const watching: MoEOptions = observe
+            ? {
+                observe: (name, rows, ends) => observe(`layers.${layer}.moe.experts.${name}`, layer, rows, ends),
+              }
+            : {};
+          const done = moe(feedForward.module, branch(params, "layers", layer, "moe"), input, watching);
+          x = join(pass, layer, residual, done.output);
+          if (done.routed.cache) pass.cache?.setRouter(layer, done.routed.cache);
+          carry = done.routed.carry;
+          note(feedForward.place, done.routed);
+        }
+        return { logits: toLogits(params, x, options.watch), routed };
+      });
+    });
+
+  const step: LanguageModel["step"] = async (ids, options = {}) => {
+    // Between scopes tensors have no owner: those made here are ours to free, those that came in are not.
+    const foreign = tensorsIn([ownParams, ownBuffers, ids, { ...options, watch: undefined, trace: undefined }]);
+    const alive = new Set<Tensor>();
+    const keep = <T>(value: T): T => {
+      for (const x of tensorsIn(value)) if (!foreign.has(x)) alive.add(x);
+      return value;
+    };
+    const pass = engine.scope(() => begin(ownParams, ids, options));
+    const { turns, tokenIds, layout } = pass;
+    const common = tensorsIn([[...turns.values()], tokenIds, layout]);
+    keep([...common]);
+    const length = pass.cache?.length ?? 0;
+    const { trace, watch, positions = "last" } = options;
+    try {
+      const { batch, sequence } = layout;
+      if (sequence === 0) throw new ShapeError("transformer: step needs at least one token per row");
+      let x = keep(engine.scope(() => embedded(pass)));
+      let carry: Tree | undefined;
+      for (const [layer, { attentionPlace, feedForward }] of layers.entries()) {
+        // What the cache holds is the cache's.
+        for (const tensor of tensorsIn(pass.cache?.layer(layer)?.router)) foreign.add(tensor);
+        if (feedForward.kind === "dense") {
+          const dense = keep(
+            engine.scope(() => {
+              const { residual, input, routed: heads } = attend(pass, layer, x, carry);
+              return { x: join(pass, layer, residual, runDense(ownParams, layer, feedForward.experts, input)), heads };
+            }),
+          );
+          if (dense.heads && attentionPlace !== undefined) trace?.record(attentionPlace, dense.heads);
+          x = dense.x;
+        } else {
+          const { module, place } = feedForward;
+          const params = branch(ownParams, "layers", layer, "moe");
+          const first = keep(
+            engine.scope(() => {
+              const { residual, input, routed: heads } = attend(pass, layer, x, carry);
+              return { residual, input, heads, routed: routeTokens(module, params, input) };
+            }),
+          );
+          if (first.heads && attentionPlace !== undefined) trace?.record(attentionPlace, first.heads);
+          const served = await serve(module, first, keep);
+          const second = keep(
+            engine.scope(() => {
+              const { input, routed, residual } = first;
+              const done = runExperts(served, params, input, { routed, options: { metrics: trace !== undefined } });
+              return { x: join(pass, layer, residual, done.output), routed: done.routed };
+            }),
+          );
+          if (second.routed.cache) pass.cache?.setRouter(layer, second.routed.cache);
+          trace?.record(place, second.routed);
+          x = second.x;
+          carry = second.routed.carry;
+        }
+        // What the next layers need stays; the rest of this layer goes now, not at the end of the pass.
+        const needed = tensorsIn([x, carry]);
+        for (const tensor of alive) {
+          if (needed.has(tensor) || common.has(tensor)) continue;
+          tensor.dispose();
+          alive.delete(tensor);
+        }
+      }
+      return engine.scope(() => {
+        if (positions === "all") return toLogits(ownParams, x, watch);
+        // A watch sees the norm of all positions, whatever the head is run on.
+        if (watch) normaliseAll(x, watch);
+        const last = slice(x, [0, sequence - 1, 0], [batch, 1, width]);
+        return reshape(toLogits(ownParams, last), [batch, vocabulary]);
+      });
+    } catch (error) {
+      pass.cache?.truncate(length);
+      throw error;
+    } finally {
+      for (const tensor of alive) tensor.dispose();
+    }
+  };
+  const normaliseAll = (x: Tensor, watch: NonNullable<PassOptions["watch"]>): void =>
+    watch("finalNorm", normalise(ownParams, "norm", x), 0);
+
+  return {
+    engine,
+    blueprint,
+    params: ownParams,
+    layers: layers.length,
+    vocabulary,
+    width,
+    context,
+    routing,
+    routers: parts.routers.map((router, place) => withBuffers(router, ownBuffers[place] ?? router.buffers)),
+    buffers: ownBuffers,
+    ...(parts.streamed ? { streamed: parts.streamed } : {}),
+    forward,
+    step,
+    head: (hidden) => hidden.engine.scope(() => toLogits(ownParams, hidden)),
+    newCache: (batch) => new TransformerCache(layers.length, batch),
+    with: ({ params = ownParams, buffers = ownBuffers }) => {
+      const expected = new Map(leaves(ownParams).map(([path, x]) => [path, x.shape.join()]));
+      const found = leaves(params);
+      const wrong = found.find(([path, x]) => expected.get(path) !== x.shape.join());
+      if (wrong) {
+        const [path, { shape }] = wrong;
+        throw new ShapeError(
+          `transformer: parameter "${path}" is [${shape}], expected [${expected.get(path) ?? "none"}]`,
+        );
+      }
+      if (found.length !== expected.size || buffers.length !== routing.length) {
+        const counts = `${found.length} parameters and ${buffers.length} buffers`;
+        throw new ShapeError(`transformer: ${counts}, expected ${expected.size} and ${routing.length}`);
+      }
+      return assemble(engine, blueprint, { ...parts, params, buffers });
+    },
+  };
+}
+
+interface PassSizes {
+  readonly past: number;
+  readonly sequence: number;
+  readonly padding?: readonly number[];
+}
+
+/** 0 where a row has padding, `[batch, total]`; nothing where no row has any. */
+function paddingMask(
+  like: Tensor,
+  padding: readonly number[],
+  { batch, total }: { readonly batch: number; readonly total: number },
+): Tensor | undefined {
+  if (padding.length !== batch || padding.some((n) => !Number.isSafeInteger(n) || n < 0 || n >= total)) {
+    throw new ShapeError(
+      `transformer: padding is [${padding}] for ${batch} rows of ${total} positions; expected one count per row, smaller than that`,
+    );
+  }
+  if (padding.every((n) => n === 0)) return undefined;
+  const mask = Float32Array.from({ length: batch * total }, (_, i) =>
+    i % total < (padding[Math.floor(i / total)] as number) ? 0 : 1,
+  );
+  return hostConstant(like, mask, [batch, total]);
+}
+
+/** The layer as `runExperts` takes it: experts that are streamed have done their work when this settles. */
+async function serve(
+  module: MoELayer,
+  { input, routed }: { readonly input: RouterInput; readonly routed: Routed },
+  keep: <T>(value: T) => T,
+): Promise<MoELayer> {
+  const { experts } = module;
+  if (!experts.stream) return module;
+  const { plan } = routed;
+  if (plan.kind !== "sparse" || routed.more || routed.expertOutputs) {
+    throw new UnsupportedError(
+      `streamed experts serve plans of kind "sparse", found "${plan.kind}"${routed.more ? " with further paths" : ""}; load the experts into memory`,
+    );
+  }
+  const asked = keep(
+    input.hidden.engine.scope(() => {
+      const dispatched = dispatchPlan(plan, experts.count, tokenMask(input.layout));
+      return { rows: gatherRows(routed.rows ?? input.hidden, dispatched), ends: dispatched.ends };
+    }),
+  );
+  const output = keep(await experts.stream(asked.rows, asked.ends));
+  return { ...module, experts: { count: experts.count, params: {}, apply: () => ({ output }) } };
+}

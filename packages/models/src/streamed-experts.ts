@@ -1,0 +1,334 @@
+// Experts that do not fit into memory: they stay in the checkpoint's files, and those used lately are kept in ordinary array buffers in
+// their stored type. A layer asks for what its tokens chose; each expert is copied to the device, runs its rows and is freed.
+// Decisions are those of expert-cache.ts, so that a recorded trace foretells them.
+import { concat, type Engine, ShapeError, slice, type Tensor, type Tree, UnsupportedError } from "@switchyard/core";
+import type { Experts } from "@switchyard/core/moe";
+import type { MoEFeedForward } from "./blueprint.ts";
+import { type ExpertLoad, expertCache, expertPredictor, lfu, lru } from "./expert-cache.ts";
+import { expertSet } from "./feed-forward.ts";
+import type { Checkpoint } from "./model.ts";
+import type { CheckpointIndex, Description, Source } from "./source.ts";
+import { below, checkPiece, type HostMatrix, nodeKey, planUpload, readPiece, upload, widen } from "./stored-matrix.ts";
+
+/** How the experts to keep are chosen; "prefetch" is LRU that also loads what the next layer will probably want. */
+export type StreamPolicy = "lru" | "lfu" | "prefetch";
+
+/** What a store of streamed experts has done so far. */
+export interface StreamCounts {
+  /** Distinct experts of a layer in a pass, summed over the passes. */
+  readonly requests: number;
+  /** Requests for experts that were kept, or on their way already. */
+  readonly hits: number;
+  /** Experts that were loaded ahead. */
+  readonly prefetches: number;
+  /** Experts that were loaded, times `expertBytes`. */
+  readonly bytesRead: number;
+}
+
+export interface ExpertStore {
+  /** Experts that are kept in memory. */
+  readonly capacity: number;
+  /** What one takes in memory, in its stored type: the largest of all layers. */
+  readonly expertBytes: number;
+  /** The figures at this moment. */
+  counts(): StreamCounts;
+  /** Whether a parameter is streamed, by its path: "layers.0.moe.experts.gateUp". */
+  serves(path: string): boolean;
+  /** The experts of a layer; undefined where it has none that can be streamed. */
+  experts(layer: number, part: MoEFeedForward): Experts | undefined;
+  /** Waits for what is under way and lets go of what is kept; later passes are refused. Leaves the checkpoint open. */
+  close(): Promise<void>;
+}
+
+export interface ExpertStoreOptions {
+  readonly checkpoint: Checkpoint;
+  readonly engine: Engine;
+  readonly description: Description;
+  /** Experts to keep, 0 or more. */
+  readonly capacity: number;
+  /** Default lru. */
+  readonly policy?: StreamPolicy;
+  /** "f32": experts are widened on their way to the device; default "stored". */
+  readonly weights?: "stored" | "f32";
+}
+
+/** Experts that are read at a time. */
+const readsAhead = 2;
+/** Experts that may be in memory beside those that are kept: those being read, and the one that computes. */
+export const expertsOnTheWay: number = readsAhead + 1;
+
+type ExpertSource = Extract<Source, { kind: "experts" }>;
+
+/** The experts of one layer. */
+export interface StreamedLayer {
+  readonly layer: number;
+  readonly count: number;
+  /** By name: gateUp, down and, with biases, theirs. */
+  readonly sources: ReadonlyMap<string, ExpertSource>;
+  /** Matrices whose experts are not all stored alike: they are widened to f32, as a stack of them would be. */
+  readonly uneven: ReadonlySet<string>;
+  /** Bytes of the largest expert: as it is kept, and on the device. */
+  readonly bytes: number;
+  readonly deviceBytes: number;
+  /** Of one expert in f32. */
+  readonly floats: number;
+}
+
+/** The layers whose experts lie one by one in the checkpoint, with their sizes; only headers are looked at. */
+export function streamedLayers(
+  engine: Engine,
+  index: CheckpointIndex,
+  { blueprint, sources }: Description,
+): StreamedLayer[] {
+  return blueprint.layers.flatMap(({ feedForward }, layer): StreamedLayer[] => {
+    if (feedForward.kind !== "moe") return [];
+    const names = ["gateUp", "down", ...(feedForward.bias ? ["gateUpBias", "downBias"] : [])];
+    const own = new Map<string, ExpertSource>();
+    for (const name of names) {
+      const source = sources.get(`layers.${layer}.moe.experts.${name}`);
+      if (source?.kind === "experts") own.set(name, source);
+    }
+    if (own.size < names.length) return [];
+    const uneven = new Set<string>();
+    const held = new Float64Array(feedForward.experts);
+    const onDevice = new Float64Array(feedForward.experts);
+    for (const [name, source] of own) {
+      const forms = new Set<string>();
+      for (let e = 0; e < feedForward.experts; e++) {
+        const pieces = source.expert(e).map((piece) => checkPiece(index, piece));
+        forms.add([...new Set(pieces.map(nodeKey))].join());
+        // Pieces of different types are widened when they are put together.
+        const mixed = new Set(pieces.map((piece) => (piece.kind === "floats" ? piece.dtype : piece.format))).size > 1;
+        for (const piece of pieces) {
+          const plan = planUpload(engine, { ...piece, shape: [1, ...piece.shape] });
+          const wide = 4 * piece.shape.reduce((n, d) => n * d, 1);
+          held[e] = (held[e] ?? 0) + (mixed ? wide : (plan.widened?.bytes ?? plan.bytes));
+          onDevice[e] = (onDevice[e] ?? 0) + (mixed ? wide : plan.bytes);
+        }
+      }
+      if (forms.size > 1) uneven.add(name);
+    }
+    const [bytes, deviceBytes] = [Math.max(...held), Math.max(...onDevice)];
+    const floats = Array.from(own.values(), ({ shape }) => 4 * shape.slice(1).reduce((n, d) => n * d, 1));
+    const all = floats.reduce((n, one) => n + one, 0);
+    return [{ layer, count: feedForward.experts, sources: own, uneven, bytes, deviceBytes, floats: all }];
+  });
+}
+
+type HostExpert = ReadonlyMap<string, HostMatrix>;
+
+/** Rows from..to of expert e. */
+interface Block {
+  readonly e: number;
+  readonly from: number;
+  readonly to: number;
+}
+
+/** The blocks that have rows. Throws ShapeError where the ends fall or pass the rows. */
+function blocksOf(ends: ArrayLike<number>, rows: number): Block[] {
+  let from = 0;
+  return Array.from(ends, (to, e) => {
+    if (to < from || to > rows) {
+      throw new ShapeError(`streamed experts: block ${e} ends at row ${to}, after ${from} of ${rows} rows`);
+    }
+    const block = { e, from, to };
+    from = to;
+    return block;
+  }).filter((block) => block.to > block.from);
+}
+
+/**
+ * A store of experts that are read when they are needed. All layers share its places. What streamed experts give is what resident
+ * ones give, bit for bit, because a kernel serves an expert's block by its own rows alone. Passes may run at the same time; they
+ * take turns, layer by layer. Where a read fails, the pass fails with its error and the next one tries again.
+ * Throws CheckpointError for experts that the checkpoint lacks or stores in an unknown form.
+ */
+export function expertStore(options: ExpertStoreOptions): ExpertStore {
+  const { checkpoint, engine, description, capacity, policy = "lru", weights = "stored" } = options;
+  const layers = streamedLayers(engine, checkpoint, description);
+  const paths = new Set(
+    layers.flatMap(({ layer, sources }) => Array.from(sources.keys(), (name) => `layers.${layer}.moe.experts.${name}`)),
+  );
+  const stride = layers.reduce((most, { count }) => Math.max(most, count), 0);
+  const expertBytes = layers.reduce((most, { bytes }) => Math.max(most, bytes), 0);
+  const cache = expertCache({ capacity, policy: policy === "lfu" ? lfu() : lru() });
+  /** What is kept or on its way: the ids that `cache` holds, between any two steps. */
+  const kept = new Map<number, Promise<HostExpert>>();
+  const predictors = layers.map(() => expertPredictor());
+  const latest = layers.map(() => 0);
+  let before: { readonly place: number; readonly ids: readonly number[] } | undefined;
+  const counts = { requests: 0, hits: 0, prefetches: 0, loads: 0 };
+  const underWay = new Set<Promise<unknown>>();
+  let closed = false;
+
+  const read = async (id: number): Promise<HostExpert> => {
+    const layer = layers[Math.floor(id / stride)];
+    const matrices = Array.from(layer?.sources ?? [], async ([name, source]): Promise<[string, HostMatrix]> => {
+      const pieces = source.expert(id % stride);
+      return [name, below(await Promise.all(pieces.map((piece) => readPiece(checkpoint, piece))))];
+    });
+    return new Map(await Promise.all(matrices));
+  };
+  /** Carries a load out: what leaves goes now, what comes is there as a promise. */
+  const begin = ({ id, evict, kept: stays }: ExpertLoad): Promise<HostExpert> => {
+    counts.loads++;
+    if (evict !== undefined) kept.delete(evict);
+    const reading = read(id);
+    if (stays) kept.set(id, reading);
+    underWay.add(reading);
+    const done = (): boolean => underWay.delete(reading);
+    reading.then(done, () => {
+      done();
+      // The cache must not believe that it holds what never came; who waits for it gets the error.
+      if (kept.get(id) === reading) {
+        kept.delete(id);
+        cache.forget(id);
+      }
+    });
+    return reading;
+  };
+
+  const parameters = (host: HostExpert, uneven: ReadonlySet<string>): Tree =>
+    Object.fromEntries(
+      Array.from(host, ([name, matrix]) => {
+        const one = { ...matrix, shape: [1, ...matrix.shape] };
+        const wide = weights === "f32" || name.endsWith("Bias") || uneven.has(name);
+        return [name, wide ? engine.tensor(widen(one), one.shape) : upload(engine, one)];
+      }),
+    );
+
+  /** What one layer asks for, in its turn. */
+  async function serve(place: number, part: MoEFeedForward, rows: Tensor, blocks: readonly Block[]): Promise<Tensor> {
+    const { uneven = new Set<string>() } = layers[place] ?? {};
+    const [n = 0, width = 0] = rows.shape;
+    const { hidden, activation = "silu", bias = false } = part;
+    const ids = blocks.map(({ e }) => place * stride + e);
+    const { hits, loads } = cache.need(ids);
+    counts.requests += ids.length;
+    counts.hits += hits.length;
+    const ahead = policy === "prefetch" ? expectNext(place, ids) : [];
+    const byId = new Map(ids.map((id, i) => [id, blocks[i]]));
+    const outputs = new Map<number, Tensor>();
+    const run = (id: number, host: HostExpert): void => {
+      const { from, to } = byId.get(id) as Block;
+      const m = to - from;
+      outputs.set(
+        id,
+        rows.engine.scope(() => {
+          const params = parameters(host, uneven);
+          const own = slice(rows, [from, 0], [m, width]);
+          const one = expertSet({ count: 1, width, hidden, activation, bias, params });
+          const layout = { batch: 1, sequence: m, past: 0 };
+          return one.apply(params, own, engine.tensor(Int32Array.of(m), [1]), layout).output; // [m, width]
+        }),
+      );
+    };
+    const reading: (Promise<HostExpert> | undefined)[] = [];
+    const start = (i: number): void => {
+      const load = loads[i];
+      if (load) reading[i] = begin(load);
+    };
+    try {
+      // Held here until they have run: a load may take the place of one that waits for its turn.
+      const waiting = hits.map((id) => kept.get(id));
+      for (let i = 0; i < readsAhead; i++) start(i);
+      for (const [i, id] of hits.entries()) {
+        const host = waiting[i];
+        waiting[i] = undefined;
+        // One that was loaded ahead may have failed: then it is read again, and that counts.
+        run(id, await (host ?? begin({ id, kept: false })).catch(() => begin({ id, kept: false })));
+      }
+      for (const [i, { id }] of loads.entries()) {
+        const host = await (reading[i] as Promise<HostExpert>);
+        reading[i] = undefined;
+        start(i + readsAhead);
+        run(id, host);
+      }
+      for (const load of ahead) begin(load);
+      const filled = blocks.at(-1)?.to ?? 0;
+      const [only] = outputs.size === 1 && filled === n ? outputs : [];
+      if (only) {
+        outputs.delete(only[0]);
+        return only[1];
+      }
+      return rows.engine.scope(() => {
+        const parts = ids.map((id) => outputs.get(id) as Tensor);
+        const behind = n - filled;
+        if (behind > 0 || n === 0) parts.push(engine.tensor(new Float32Array(behind * width), [behind, width]));
+        return concat(parts, 0); // [n, width]
+      });
+    } catch (error) {
+      await Promise.allSettled(reading);
+      repair([...loads, ...ahead]);
+      throw error;
+    } finally {
+      for (const output of outputs.values()) output.dispose();
+    }
+  }
+
+  /** After a failure: what was decided and not carried out is undone. */
+  function repair(loads: readonly ExpertLoad[]): void {
+    for (const { id } of loads) if (cache.has(id) && !kept.has(id)) cache.forget(id);
+    for (const id of kept.keys()) if (!cache.has(id)) kept.delete(id);
+  }
+
+  /** Decides what to load for the next layer: as many experts as it wanted last time, those that followed these most often. */
+  function expectNext(place: number, ids: readonly number[]): readonly ExpertLoad[] {
+    if (before?.place === place - 1) predictors[place]?.observe(before.ids, ids);
+    before = { place, ids };
+    latest[place] = ids.length;
+    const expected = predictors[place + 1]?.predict(ids, latest[place + 1] ?? 0) ?? [];
+    const loads = cache.prefetch(expected, ids);
+    counts.prefetches += loads.length;
+    return loads;
+  }
+
+  let last: Promise<unknown> = Promise.resolve();
+  const inTurn = <T>(body: () => Promise<T>): Promise<T> => {
+    const turn = last.then(body);
+    last = turn.catch(() => undefined);
+    return turn;
+  };
+  const refuse = (): void => {
+    if (closed) throw new UnsupportedError("streamed experts: the model was closed; load it again");
+  };
+
+  return {
+    capacity,
+    expertBytes,
+    counts: () => ({
+      requests: counts.requests,
+      hits: counts.hits,
+      prefetches: counts.prefetches,
+      bytesRead: counts.loads * expertBytes,
+    }),
+    serves: (path) => paths.has(path),
+    experts(layer, part) {
+      const place = layers.findIndex((one) => one.layer === layer);
+      if (place < 0) return undefined;
+      return {
+        count: part.experts,
+        params: {},
+        apply() {
+          throw new UnsupportedError(
+            "streamed experts run in step() only, which gives them time to load; for forward() load the model without a limit of memory",
+          );
+        },
+        async stream(rows, ends) {
+          refuse();
+          const blocks = blocksOf(await ends.data(), rows.shape[0] ?? 0);
+          return inTurn(() => {
+            refuse();
+            return serve(place, part, rows, blocks);
+          });
+        },
+      };
+    },
+    async close() {
+      closed = true;
+      await last;
+      await Promise.allSettled(underWay);
+      kept.clear();
+    },
+  };
+}
