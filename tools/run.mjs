@@ -21,6 +21,7 @@ const jobs = {
   tables: { built: true, script: ["tools/tables.ts"] },
   vectors: { built: true, script: ["tools/vectors.ts"] },
   golden: { built: true, script: ["tools/golden.ts"] },
+  "random-checkpoint": { built: true, script: ["tools/random-checkpoint.ts"] },
   fuzz: { built: true, script: ["tools/fuzz.ts"] },
   release: { built: true, script: ["tools/release.ts"] },
   "bench:kernels": { built: true, script: ["apps/bench-kernels/src/main.ts"] },

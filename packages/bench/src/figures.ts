@@ -26,10 +26,11 @@ export function styleOf(index: number): Style {
 }
 
 /** Figures are drawn twice, for a page and for a phone; the style sheet shows the one that fits. */
-const widths = { wide: 800, narrow: 350 } as const;
-type Width = keyof typeof widths;
+export const widths = { wide: 800, narrow: 350 } as const;
+export type Width = keyof typeof widths;
 
-function svg(width: Width, options: Plot.PlotOptions, label: string): string {
+/** A figure as SVG with what it says in words; the page styles it. */
+export function svg(width: Width, options: Plot.PlotOptions, label: string): string {
   const { document } = parseHTML("<!doctype html><html><body></body></html>");
   const element = Plot.plot({
     document,
@@ -43,7 +44,7 @@ function svg(width: Width, options: Plot.PlotOptions, label: string): string {
   return element.outerHTML;
 }
 
-function bothWidths(draw: (width: Width) => string): string {
+export function bothWidths(draw: (width: Width) => string): string {
   return `<div class="wide">${draw("wide")}</div><div class="narrow">${draw("narrow")}</div>`;
 }
 

@@ -47,6 +47,7 @@ export {
   routingEntropy,
   routingFluctuation,
   specialisation,
+  specialisationOfLoad,
   words,
 } from "./metrics.ts";
 export { type ByteModel, byteModel, byteModelBits, byteProbability } from "./ngram.ts";
@@ -69,3 +70,11 @@ export {
 export { type Extras, extrasOf, measureSpeed, type Speed, stepsThatFit } from "./speed.ts";
 export { readText, writableFolder, writeWhole } from "./store.ts";
 export { type Column, columns, overSeedsText, shortCount, summarise, tableText } from "./summary.ts";
+export {
+  type ReportAnalysis,
+  type ReportLayer,
+  type ReportTokens,
+  type TraceReport,
+  traceFindings,
+  traceReport,
+} from "./trace-report.ts";

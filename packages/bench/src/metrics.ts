@@ -106,8 +106,12 @@ export function routingFluctuation(before: Choices, after: Choices): number {
  * to 1 (each tells the other); 0 where either never varies. Every label weighs the same, however many tokens it has.
  */
 export function specialisation(choices: Choices, labels: Uint8Array, count: number): number {
-  const { experts } = choices;
-  const load = loadByLabel(choices, labels, count);
+  return specialisationOfLoad(loadByLabel(choices, labels, count), choices.experts);
+}
+
+/** The same from the load, as `loadByLabel` gives it: [labels, experts], each row a sum of 1, or of 0 without assignments. */
+export function specialisationOfLoad(load: Float64Array, experts: number): number {
+  const count = load.length / Math.max(1, experts);
   const present: number[] = [];
   for (let label = 0; label < count; label++) {
     if (load.subarray(label * experts, (label + 1) * experts).some((x) => x > 0)) present.push(label);

@@ -40,6 +40,8 @@ test("every causal router trains, its loss falls, and its model loads", { timeou
   for (const { router, checkpoints, model } of runs) {
     const [first, last] = [checkpoints[0]?.bitsPerByte ?? 0, checkpoints.at(-1)?.bitsPerByte ?? 0];
     expect(last, router).toBeLessThan(first - 0.15); // most fall by 0.5; the losses of moeFFD weigh 200
-    expect((await loadModel(join(root, "all", model), { engine: host, routers })).model.layers, router).toBe(2);
+    const loaded = await loadModel(join(root, "all", model), { engine: host, routers });
+    expect(loaded.model.layers, router).toBe(2);
+    await loaded.close();
   }
 });

@@ -1,6 +1,7 @@
 // The arguments of a command, checked: every wrong one is refused in one line that names the option and what it takes.
 import { parseArgs } from "node:util";
 import { UnsupportedError } from "@switchyard/core";
+import { parseBytes } from "@switchyard/models";
 import type { ArgsDef } from "citty";
 
 export interface Given {
@@ -26,24 +27,14 @@ interface Range {
   readonly to?: number;
 }
 
-const units: ReadonlyMap<string, number> = new Map([
-  ["", 1],
-  ["B", 1],
-  ["KB", 1e3],
-  ["MB", 1e6],
-  ["GB", 1e9],
-  ["KIB", 2 ** 10],
-  ["MIB", 2 ** 20],
-  ["GIB", 2 ** 30],
-]);
-
 /** @throws UnsupportedError that names the option. */
 export function byteSize(option: string, text: string): number {
-  const [, number, unit = ""] = /^(\d+(?:\.\d+)?)\s*([a-zA-Z]*)$/.exec(text.trim()) ?? [];
-  const factor = units.get(unit.toUpperCase());
-  const bytes = number === undefined || factor === undefined ? Number.NaN : Math.floor(Number(number) * factor);
-  if (Number.isSafeInteger(bytes)) return bytes;
-  throw new UnsupportedError(`--${option} takes a size such as 512MB, 3GB or 2GiB, found ${JSON.stringify(text)}`);
+  try {
+    return parseBytes(text);
+  } catch (cause) {
+    const found = JSON.stringify(text);
+    throw new UnsupportedError(`--${option} takes a size such as 512MB, 3GB or 2GiB, found ${found}`, { cause });
+  }
 }
 
 export function shownBytes(bytes: number): string {
@@ -69,7 +60,14 @@ export function readArguments(command: string, spec: ArgsDef, rest: readonly str
   const { values, positionals } = parseArgs({
     args: [...rest],
     options: Object.fromEntries(
-      options.map(([name, { type }]) => [name, { type: type === "boolean" ? "boolean" : "string", multiple: true }]),
+      options.map(([name, option]) => [
+        name,
+        {
+          type: option.type === "boolean" ? "boolean" : "string",
+          multiple: true,
+          ...("alias" in option && typeof option.alias === "string" ? { short: option.alias } : {}),
+        },
+      ]),
     ),
     allowPositionals: true,
     // Refused below, in our words.

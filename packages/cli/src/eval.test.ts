@@ -48,6 +48,15 @@ test("takes ids, and prints JSON", async () => {
   expect(JSON.parse(out)).toMatchObject({ schema: "switchyard/eval/1", complete: true, ...expected });
 });
 
+test("records a trace", async () => {
+  const trace = path("eval.trace");
+  const args = [path("small"), "--text", path("text.txt"), "--context", "20", "--trace", trace];
+  const { code } = await run(...args);
+  expect(code).toBe(0);
+  const { out } = await runCommand(["cache-sim", trace, "--policy", "lru"]);
+  expect(out).toContain("small (olmoe): ");
+});
+
 test("Ctrl-C gives the figures of what has been read", async () => {
   const slow = [path("small"), "--text", path("long.txt"), "--context", "20", "--stride", "1", "--chunk", "1"];
   const { code, out, error } = await runCommand(["eval", ...slow, "--backend", "cpu"], /^Evaluating/);

@@ -6,7 +6,16 @@ import { type ArgsDef, defineCommand, renderUsage } from "citty";
 import { readArguments, tokenIds } from "./arguments.ts";
 import { interruptible } from "./interrupt.ts";
 import type { CommandLine } from "./main.ts";
-import { modelArgs, modelArguments, modelName, needTokenizer, withModel } from "./model-arguments.ts";
+import {
+  modelArgs,
+  modelArguments,
+  modelName,
+  needTokenizer,
+  recording,
+  streamingText,
+  traceArg,
+  withModel,
+} from "./model-arguments.ts";
 import { progressBar } from "./progress.ts";
 import type { Streams } from "./terminal.ts";
 
@@ -29,6 +38,7 @@ const evalArgs = {
     valueHint: "N",
   },
   ...modelArgs,
+  ...traceArg,
   json: { type: "boolean", description: "Print the figures as JSON" },
 } as const satisfies ArgsDef;
 
@@ -121,15 +131,22 @@ export async function evaluate(rest: readonly string[], options: CommandLine, st
           bar.end();
           const seconds = (performance.now() - started) / 1000;
           const model = modelName(open);
+          const streaming = open.model.streamed ? { streaming: open.model.streamed.counts() } : {};
           if (given.flag("json")) {
-            streams.out(`${JSON.stringify({ schema: "switchyard/eval/1", model, complete, ...found, seconds })}\n`);
-          } else streams.out(`${model} on ${textFile ?? idsFile}\n\n${figures(found)}`);
+            streams.out(
+              `${JSON.stringify({ schema: "switchyard/eval/1", model, complete, ...found, seconds, ...streaming })}\n`,
+            );
+          } else {
+            streams.out(`${model} on ${textFile ?? idsFile}\n\n${figures(found)}`);
+            streams.error(streamingText(open));
+          }
         };
         try {
-          const found =
-            text === undefined
-              ? await evaluateTokens(open.model, ids ?? [], how)
-              : await evaluateText(open.model, needTokenizer(open, "--text", "Give token ids: --ids FILE"), text, how);
+          const found = await recording(open, given.text("trace"), (model) => {
+            if (text === undefined) return evaluateTokens(model, ids ?? [], how);
+            const words = needTokenizer(open, "--text", "Give token ids: --ids FILE");
+            return evaluateText(model, words, text, how);
+          });
           report(found, true);
           return 0;
         } catch (error) {

@@ -2,9 +2,11 @@
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { engine } from "@switchyard/core";
+import { engine, random } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
-import { decodingStrategies, generate, loadModel } from "@switchyard/models";
+import type { RouterPlugin } from "@switchyard/core/moe";
+import { decodingStrategies, generate, loadModel, saveModel, transformer } from "@switchyard/models";
+import { reMoE } from "@switchyard/routers/re-moe";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { runCommand } from "./run.test-util.ts";
 import { fixture, saveSmallModel } from "./small-model.test-util.ts";
@@ -17,8 +19,12 @@ beforeAll(() => saveSmallModel(small));
 const run = (...args: string[]) => runCommand(["generate", ...args, "--backend", "cpu"]);
 
 /** What the function gives. */
-async function expected(folder: string, options: Omit<Parameters<typeof generate>[1], "tokenizer">) {
-  const { model, tokenizer, close } = await loadModel(folder, { engine: engine(cpu()) });
+async function expected(
+  folder: string,
+  options: Omit<Parameters<typeof generate>[1], "tokenizer">,
+  routers: readonly RouterPlugin[] = [],
+) {
+  const { model, tokenizer, close } = await loadModel(folder, { engine: engine(cpu()), routers });
   const ids: number[] = [];
   let text = "";
   for await (const token of generate(model, { ...options, ...(tokenizer ? { tokenizer } : {}) })) {
@@ -177,6 +183,54 @@ test("contrastive decoding opens its amateur", async () => {
   expect(JSON.parse(out).ids).toHaveLength(3);
 });
 
+test("in little memory the same ids come, and a trace foretells what was read", async () => {
+  const trace = join(root, "run.trace");
+  const args = ["--ids", "1,2,3,4", "--max-new", "6", "--ignore-eos", "--json"];
+  const all = await run(fixture("olmoe"), ...args);
+  // As much as it takes at least, and a few experts more.
+  const [, least = "", unit] =
+    /needs ([\d.]+) (kB|MB) of memory/.exec((await run(fixture("olmoe"), ...args, "--memory", "1kB")).error) ?? [];
+  const bytes = Math.round(Number(least) * (unit === "MB" ? 1e6 : 1e3)) + 80_000;
+  const memory = ["--memory", `${bytes}`, "--policy", "lfu", "--trace", trace];
+  const little = await run(fixture("olmoe"), ...args, ...memory);
+  const [whole, streamed] = [JSON.parse(all.out), JSON.parse(little.out)];
+  expect(streamed.ids).toEqual(whole.ids);
+  expect(streamed.logProbabilities).toEqual(whole.logProbabilities);
+  expect("streaming" in whole).toBe(false);
+  expect(streamed.streaming.requests).toBeGreaterThan(streamed.streaming.hits);
+  const { model, close } = await loadModel(fixture("olmoe"), { engine: engine(cpu()), memory: bytes });
+  const { capacity = 0, expertBytes = 0 } = model.streamed ?? {};
+  await close();
+  const simulated = await runCommand([
+    "cache-sim",
+    trace,
+    "--memory",
+    `${capacity * expertBytes}`,
+    "--policy",
+    "lfu",
+    "--json",
+  ]);
+  const [{ total }] = JSON.parse(simulated.out).results;
+  expect([total.requests, total.bytesRead]).toEqual([streamed.streaming.requests, streamed.streaming.bytesRead]);
+  const said = await run(fixture("olmoe"), ...args.slice(0, -1), ...memory.slice(0, 4));
+  expect(said.error).toMatch(/\d+ experts kept in memory: \d+\.\d % of experts were there, \d+\.\d+ kB read/);
+});
+
+test("opens models in our own layout with the router they were saved with", async () => {
+  const folder = join(root, "own");
+  const on = engine(cpu());
+  const sizes = { vocabulary: 31, width: 8, layers: 2, heads: 2, experts: 4, hidden: 8, context: 32 };
+  const model = transformer(on, { ...sizes, router: reMoE({ k: 1 }) }, random(on, 1));
+  expect(await saveModel(model, folder)).toBe("switchyard");
+  const { ids } = await expected(folder, { prompt: [1, 2], maxNew: 4, strategy: decodingStrategies.greedy() }, [
+    reMoE({ k: 1 }),
+  ]);
+  const { code, out } = await run(folder, "--ids", "1,2", "--max-new", "4");
+  expect([code, out]).toEqual([0, `${ids.join(",")}\n`]);
+  const other = await run(folder, "--ids", "1,2", "--router", "topK:k=2");
+  expect([other.code, other.error]).toEqual([1, expect.stringMatching(/needs the router reMoE/)]);
+});
+
 test("Ctrl-C ends the text and keeps what there is", async () => {
   const many = ["--max-new", "50", "--ignore-eos"];
   const all = await run(small, "--prompt", "A whale", ...many);
@@ -217,6 +271,7 @@ test.each([
   [["a", "--ids", "1", "--stop-ids", "1", "--ignore-eos"], /exclude each other/],
   [["a", "--ids", "1", "--system", "x"], /--system needs --chat/],
   [["a", "--ids", "1", "--max-new", "-1"], /--max-new takes a whole number from 0/],
+  [["a", "--ids", "1", "--policy", "lru"], /--policy says which experts are kept in --memory/],
   [["a", "--ids", "1"], /a has no config\.json/],
   [[fixture("olmoe"), "--ids", "1", "--chat"], /--chat takes --prompt TEXT/],
 ])("refuses %j", async (args, message) => {

@@ -1,4 +1,5 @@
 // `switchyard generate`: text from a checkpoint, by any decoding strategy.
+import { setImmediate as soon } from "node:timers/promises";
 import { UnsupportedError } from "@switchyard/core";
 import { type Ending, type GeneratedToken, generate as generateTokens } from "@switchyard/models";
 import { type ArgsDef, defineCommand, renderUsage } from "citty";
@@ -14,6 +15,9 @@ import {
   type OpenModel,
   promptArgument,
   promptIds,
+  recording,
+  streamingText,
+  traceArg,
   withModel,
 } from "./model-arguments.ts";
 import { chosenStrategy, optionsOf, strategyArgs, strategyNames } from "./strategies.ts";
@@ -49,6 +53,7 @@ const generateArgs = {
   },
   ...strategyArgs,
   ...modelArgs,
+  ...traceArg,
   json: { type: "boolean", description: "Print ids, probabilities, text and figures as JSON" },
 } as const satisfies ArgsDef;
 
@@ -101,7 +106,7 @@ const endings: Readonly<Record<Ending | "stopped", string>> = {
 };
 
 /** Opens the amateur of contrastive decoding, where there is one, around `act`. */
-function withAmateur<T>(
+export function withAmateur<T>(
   args: ModelArguments,
   folder: string | undefined,
   act: (amateur?: OpenModel) => Promise<T>,
@@ -133,7 +138,7 @@ export async function generate(rest: readonly string[], options: CommandLine, st
     withModel(args, (open) =>
       withAmateur(args, chosen.amateur, async (amateur) => {
         const ids = startOf(open, given);
-        const { tokenizer, model } = open;
+        const { tokenizer } = open;
         const stops = given.texts("stop");
         if (stops.length > 0) needTokenizer(open, "--stop", "Give token ids: --stop-ids 1,2");
         const stop = [...(stopIds ?? (given.flag("ignore-eos") ? [] : open.endIds)), ...stops];
@@ -141,21 +146,25 @@ export async function generate(rest: readonly string[], options: CommandLine, st
         let ending: Ending | "stopped" = "stopped";
         const started = performance.now();
         try {
-          const made = generateTokens(model, {
-            prompt: ids,
-            ...(tokenizer ? { tokenizer } : {}),
-            strategy: chosen.make(amateur?.model),
-            ...{ maxNew, seed, stop, signal },
-          });
-          for (;;) {
-            const { value, done } = await made.next();
-            if (done) {
-              ending = value;
-              break;
+          await recording(open, given.text("trace"), async (running) => {
+            const made = generateTokens(running, {
+              prompt: ids,
+              ...(tokenizer ? { tokenizer } : {}),
+              strategy: chosen.make(amateur?.model),
+              ...{ maxNew, seed, stop, signal },
+            });
+            for (;;) {
+              const { value, done } = await made.next();
+              if (done) {
+                ending = value;
+                break;
+              }
+              if (stream) streams.out(tokenizer ? value.text : `${tokens.length > 0 ? "," : ""}${value.id}`);
+              tokens.push(value);
+              // Backends on the processor never wait for anything: Ctrl-C is heard here.
+              await soon();
             }
-            if (stream) streams.out(tokenizer ? value.text : `${tokens.length > 0 ? "," : ""}${value.id}`);
-            tokens.push(value);
-          }
+          });
         } catch (error) {
           if (!signal.aborted) throw error;
         }
@@ -170,12 +179,15 @@ export async function generate(rest: readonly string[], options: CommandLine, st
             ...(text === undefined ? {} : { text }),
             logProbabilities: tokens.map(({ logProbability }) => logProbability),
             ...{ ending, seconds },
+            ...(open.model.streamed ? { streaming: open.model.streamed.counts() } : {}),
           };
           streams.out(`${JSON.stringify(result)}\n`);
         } else {
           streams.out(stream ? "\n" : `${text ?? found.join(",")}\n`);
           const speed = tokens.length > 0 ? `, ${(tokens.length / seconds).toFixed(1)} tokens/s with the prompt` : "";
-          streams.error(`${tokens.length} tokens in ${seconds.toFixed(1)} s${speed}; ${endings[ending]}\n`);
+          streams.error(
+            `${tokens.length} tokens in ${seconds.toFixed(1)} s${speed}; ${endings[ending]}\n${streamingText(open)}`,
+          );
         }
         return ending === "stopped" ? 130 : 0;
       }),

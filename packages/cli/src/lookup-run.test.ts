@@ -45,9 +45,10 @@ test("train takes hash, balanced too, maskMoE, rMoE and daMoE; their models load
   for (const { router, model, training } of runs) {
     expect(training.bitsPerByte.every(Number.isFinite), router).toBe(true);
     const on = engine(cpu());
-    const { model: loaded } = await loadModel(join(folder, model ?? ""), { engine: on, routers: plugins });
+    const { model: loaded, close } = await loadModel(join(folder, model ?? ""), { engine: on, routers: plugins });
     const { tokenCounts, vocabulary } = asTransformer(loaded).config;
     const tables = loaded.buffers.flatMap((tree) => leaves(tree).map(([, { shape }]) => shape[0]));
+    await close();
     if (router === "rMoE" || router === "daMoE") {
       expect(tables).toEqual([]);
       continue;

@@ -129,8 +129,9 @@ describe("train", () => {
     const routers = (await routersFrom(["topK", "switchRouter", "reMoE"])).map(({ plugin }) => plugin);
     for (const name of ["topK", "switchRouter", "reMoE"]) {
       const folder = path("runs", "whole", `${name}-seed1`);
-      const { model, tokenizer } = await loadModel(folder, { engine: host, routers });
+      const { model, tokenizer, close } = await loadModel(folder, { engine: host, routers });
       expect(model.layers).toBe(2);
+      await close();
       expect(tokenizer?.decode(tokenizer.encode("abc"))).toBe("abc");
       const config = JSON.parse(readFileSync(join(folder, "config.json"), "utf8"));
       expect(config.model_type).toBe(name === "topK" ? "olmoe" : "switchyard");
@@ -370,8 +371,9 @@ describe("help", () => {
   test("an unknown command lists the known ones", async () => {
     expect(await run(["teach"])).toMatchObject({
       code: 1,
-      error:
-        'switchyard: unknown command "teach"; the commands are train, generate, eval, logits, convert, cache-sim and help\n',
+      error: expect.stringMatching(
+        /^switchyard: unknown command "teach"; the commands are train, .*cache-sim and help\n$/,
+      ),
     });
   });
 });

@@ -5,14 +5,18 @@ import { CheckpointError, DeviceError, MissingPackageError, ShapeError, Unsuppor
 import { type ArgsDef, defineCommand, parseArgs, renderUsage } from "citty";
 import { backendNames } from "./backends.ts";
 import { cacheSim } from "./cache-sim.ts";
+import { chat } from "./chat.ts";
 import { convert } from "./convert.ts";
 import { evaluate } from "./eval.ts";
 import { generate } from "./generate.ts";
+import { inspect } from "./inspect.ts";
 import { interruptible } from "./interrupt.ts";
 import { logits } from "./logits.ts";
 import { checkArgs } from "./options.ts";
 import { defaultRouters, routerNames } from "./routers.ts";
+import { serve } from "./serve/serve.ts";
 import { display, processStreams, type Streams } from "./terminal.ts";
+import { trace } from "./trace.ts";
 import { type Outcome, shownPath, train } from "./train.ts";
 
 export interface CommandLine {
@@ -21,6 +25,8 @@ export interface CommandLine {
   /** What starts `train`, for messages; default "switchyard train". */
   readonly command?: string;
   readonly streams?: Streams;
+  /** What `chat` reads lines from; default: standard input. */
+  readonly input?: NodeJS.ReadableStream;
   /** Ends a training run after its current step, as Ctrl-C does. */
   readonly signal?: AbortSignal;
 }
@@ -75,7 +81,11 @@ const overview = `switchyard: Mixture-of-Experts in TypeScript
 
   switchyard train PATH...      train small language models on text and compare their routers
   switchyard generate DIR       generate text from a checkpoint
+  switchyard chat DIR           talk with a checkpoint that has a chat template
+  switchyard serve DIR          answer over HTTP, in the form of OpenAI's API
   switchyard eval DIR           perplexity and bits per byte of a checkpoint on a text
+  switchyard inspect DIR        what a checkpoint is made of; with a text, what its routing does
+  switchyard trace DIR          record the routing of a text; diff and report of such records
   switchyard logits DIR         write everything a checkpoint computes for a prompt, to compare
   switchyard convert DIR OUT    rewrite a checkpoint: float type, shards, layout of experts
   switchyard cache-sim TRACE    predict what a cache of experts holds and reads, from a routing trace
@@ -96,7 +106,11 @@ type Command = (rest: readonly string[], options: CommandLine, streams: Streams)
 const commands: ReadonlyMap<string, Command> = new Map<string, Command>([
   ["train", (rest, options, streams) => trainFrom(rest, options, streams)],
   ["generate", generate],
+  ["chat", chat],
+  ["serve", serve],
   ["eval", evaluate],
+  ["inspect", inspect],
+  ["trace", trace],
   ["logits", (rest, _, streams) => logits(rest, streams)],
   ["convert", convert],
   ["cache-sim", (rest, _, streams) => cacheSim(rest, streams)],

@@ -1,11 +1,13 @@
 // What commands that run a checkpoint share: their options, and opening the model on a backend.
 import { basename } from "node:path";
 import { CheckpointError, type Json, UnsupportedError } from "@switchyard/core";
-import { type LoadedModel, openCheckpoint, readModel } from "@switchyard/models";
+import { type LoadedModel, openCheckpoint, readModel, traced, traceFile, traceRecorder } from "@switchyard/models";
 import type { ArgsDef } from "citty";
-import { exactly, type Given } from "./arguments.ts";
+import { exactly, type Given, shownBytes } from "./arguments.ts";
 import { type BackendName, backendNames, openBackend } from "./backends.ts";
 import { routerFrom, routerNames } from "./routers.ts";
+
+const policies = ["lru", "lfu", "prefetch"] as const;
 
 export const modelArgs = {
   backend: {
@@ -22,6 +24,11 @@ export const modelArgs = {
     type: "string",
     description: "Memory that the model may hold, such as 3GB: experts beyond it are read from the files when needed",
     valueHint: "SIZE",
+  },
+  policy: {
+    type: "string",
+    description: `With --memory, which experts are kept: ${policies.join(", ")} (default lru; prefetch also loads ahead)`,
+    valueHint: "NAME",
   },
   router: {
     type: "string",
@@ -45,6 +52,7 @@ export interface ModelArguments {
   readonly backend: BackendName;
   readonly threads: number | undefined;
   readonly memory: number | undefined;
+  readonly policy: (typeof policies)[number] | undefined;
   readonly router: string | undefined;
   readonly followLinks: boolean;
 }
@@ -57,18 +65,23 @@ export function modelArguments(command: string, given: Given): ModelArguments {
     `${command} takes one checkpoint folder`,
     `switchyard ${command} DIR; see switchyard ${command} --help`,
   );
+  const [memory, policy] = [given.bytes("memory"), given.choice("policy", policies)];
+  if (policy !== undefined && memory === undefined) {
+    throw new UnsupportedError("--policy says which experts are kept in --memory; give that too");
+  }
   return {
     folder,
     backend: given.choice("backend", backendNames) ?? "wasm",
     threads: given.whole("threads", { from: 1, to: 256 }),
-    memory: given.bytes("memory"),
+    memory,
+    policy,
     router: given.text("router"),
     followLinks: given.flag("follow-links"),
   };
 }
 
 /** The router that a checkpoint in our own layout was saved with, as `routerFrom` reads it. */
-function savedRouter(config: OpenModel["config"]): string | undefined {
+export function savedRouter(config: OpenModel["config"]): string | undefined {
   const { router } = config;
   if (config.model_type !== "switchyard" || typeof router !== "object" || router === null || Array.isArray(router)) {
     return undefined;
@@ -90,7 +103,7 @@ const idsOf = (value: Json | undefined): number[] =>
  * @throws CheckpointError for a folder without a model that can be run, and what the backend throws.
  */
 export async function withModel<T>(args: ModelArguments, act: (open: OpenModel) => Promise<T>): Promise<T> {
-  const { folder, backend, threads, memory, followLinks } = args;
+  const { folder, backend, threads, memory, policy, followLinks } = args;
   const checkpoint = await openCheckpoint(folder, { followLinks });
   let ours = true;
   try {
@@ -101,7 +114,12 @@ export async function withModel<T>(args: ModelArguments, act: (open: OpenModel) 
     const endIds = idsOf(generation.eos_token_id ?? config.eos_token_id);
     const engine = await openBackend(backend, threads);
     try {
-      const how = { engine, routers, ...(memory === undefined ? {} : { memory }) };
+      const how = {
+        engine,
+        routers,
+        ...(memory === undefined ? {} : { memory }),
+        ...(policy ? { streaming: policy } : {}),
+      };
       const loaded = await readModel(checkpoint, how, folder);
       ours = false;
       try {
@@ -151,3 +169,40 @@ export function promptIds(
 
 export const modelName = ({ folder, config }: OpenModel): string =>
   `${basename(folder)} (${typeof config.model_type === "string" ? config.model_type : "unknown"})`;
+
+/** What streaming experts from the files has cost; empty where all are in memory. */
+export function streamingText({ model: { streamed } }: OpenModel): string {
+  if (!streamed) return "";
+  const { requests, hits, bytesRead } = streamed.counts();
+  const rate = requests === 0 ? "" : ` ${((100 * hits) / requests).toFixed(1)} % of experts were there,`;
+  return `${streamed.capacity} experts kept in memory:${rate} ${shownBytes(bytesRead)} read\n`;
+}
+
+export const traceArg = {
+  trace: {
+    type: "string",
+    description: "Records which experts every token chose, for switchyard cache-sim",
+    valueHint: "FILE",
+  },
+} as const satisfies ArgsDef;
+
+/** Hands `act` the model, which records its passes where --trace names a file. */
+export async function recording<T>(
+  open: OpenModel,
+  file: string | undefined,
+  act: (model: OpenModel["model"]) => Promise<T>,
+): Promise<T> {
+  const { model } = open;
+  if (file === undefined) return act(model);
+  const recorder = traceRecorder(await traceFile(file), {
+    model: { name: modelName(open) },
+    routing: model.routing,
+    ...(model.streamed ? { expertBytes: model.streamed.expertBytes } : {}),
+    tool: "switchyard",
+  });
+  try {
+    return await act(traced(model, recorder));
+  } finally {
+    await recorder.close();
+  }
+}

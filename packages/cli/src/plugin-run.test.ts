@@ -89,9 +89,9 @@ test("trains, resumes with the same numbers, and its model loads with the plugin
 
   const host = engine(cpu());
   const routers = (await routersFrom([named(router)])).map(({ plugin }) => plugin);
-  expect(asTransformer((await loadModel(model, { engine: host, routers })).model).config.router.name).toBe(
-    "tempered+capacity",
-  );
+  const loaded = await loadModel(model, { engine: host, routers });
+  expect(asTransformer(loaded.model).config.router.name).toBe("tempered+capacity");
+  await loaded.close();
   await expect(loadModel(model, { engine: host })).rejects.toThrow(
     /the checkpoint needs the router tempered\+capacity\(.*"name":"tempered".*\); passed: none/,
   );

@@ -39,12 +39,8 @@ export function engine<H>(backend: Backend<H>): Engine {
   const scopes: Scopes = { frames: [] };
   let live = 0;
 
-  const operand = (x: Stored<H>): Operand<H> => ({
-    shape: x.shape,
-    dtype: x.dtype,
-    ...(x.format === undefined ? {} : { format: x.format }),
-    handle: x.storage.content,
-  });
+  const operand = ({ shape, dtype, format, storage: { content: handle } }: Stored<H>): Operand<H> =>
+    format === undefined ? { shape, dtype, handle } : { shape, dtype, format, handle };
   const device = {
     free(handle: H): void {
       live--;
@@ -94,13 +90,14 @@ export function engine<H>(backend: Backend<H>): Engine {
       const kernel = backend.kernels[op.name];
       let results: readonly Tensor[];
       if (kernel && reason === undefined) {
-        const wanted = specs.map((spec, i) => {
+        const reusing = (spec: Spec, i: number): Spec & { readonly reuse?: H } => {
           const source = xs[op.reuses?.[i] ?? -1];
           const size = sizeOf(spec.shape);
           const fits = source && (kernel.grows ? source.size <= size : source.size === size);
           const free = fits && source.given && source.storage.count === 1;
           return free && source.dtype === spec.dtype ? { ...spec, reuse: source.storage.content } : spec;
-        });
+        };
+        const wanted = given.length > 0 ? specs.map(reusing) : specs;
         const handles = kernel(xs.map(operand), wanted, attrs);
         if (handles.length !== specs.length) {
           throw new Error(

@@ -32,7 +32,8 @@ export function runScope<R>(scopes: Scopes, body: () => R): R {
   }
   scopes.frames.pop();
   keep(result, frame, scopes.frames.at(-1), new Set());
-  for (const x of [...frame]) x.dispose();
+  // Each one leaves the frame as it goes, which walking a Set allows.
+  for (const x of frame) x.dispose();
   return result;
 }
 

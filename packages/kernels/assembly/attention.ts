@@ -92,6 +92,33 @@ function rowsTile(
   if (rows > 5) put(c + 5 * ldc, c50, c51, columns, add);
 }
 
+/** The first four columns of `rowsTile` for a packed tile of b: where no more rows of queries are left, half the work. */
+function rowsTile4(a: usize, lda: usize, b: usize, k: i32, c: usize, ldc: usize, rows: i32): void {
+  const p1 = rows > 1 ? a + lda : a;
+  const p2 = rows > 2 ? a + 2 * lda : a;
+  const p3 = rows > 3 ? a + 3 * lda : a;
+  const p4 = rows > 4 ? a + 4 * lda : a;
+  const p5 = rows > 5 ? a + 5 * lda : a;
+  let c0 = zero(), c1 = zero(), c2 = zero(), c3 = zero(), c4 = zero(), c5 = zero();
+  const end = <usize>k << 2;
+  for (let i: usize = 0; i < end; i += 4) {
+    const x = v128.load(b);
+    c0 = madd(v128.load_splat<f32>(a + i), x, c0);
+    c1 = madd(v128.load_splat<f32>(p1 + i), x, c1);
+    c2 = madd(v128.load_splat<f32>(p2 + i), x, c2);
+    c3 = madd(v128.load_splat<f32>(p3 + i), x, c3);
+    c4 = madd(v128.load_splat<f32>(p4 + i), x, c4);
+    c5 = madd(v128.load_splat<f32>(p5 + i), x, c5);
+    b += 32;
+  }
+  v128.store(c, c0);
+  if (rows > 1) v128.store(c + ldc, c1);
+  if (rows > 2) v128.store(c + 2 * ldc, c2);
+  if (rows > 3) v128.store(c + 3 * ldc, c3);
+  if (rows > 4) v128.store(c + 4 * ldc, c4);
+  if (rows > 5) v128.store(c + 5 * ldc, c5);
+}
+
 function put(c: usize, x: v128, y: v128, columns: i32, add: bool): void {
   if (columns >= 8) {
     v128.store(c, add ? f32x4.add(v128.load(c), x) : x);
@@ -156,12 +183,18 @@ function scores(x: usize, ldx: usize, keys: i32, tile: usize, d: i32, c: usize, 
   }
 }
 
-/** c[8][columns] += lanesᵀ x for all columns, c in scratch with lines of `ldc` bytes (a multiple of 32). */
+/** The first four columns of `scores`. */
 @inline
-function mix(lanes: usize, step: usize, x: usize, ldx: usize, keys: i32, columns: i32, c: usize, ldc: usize): void {
+function fewScores(x: usize, ldx: usize, keys: i32, tile: usize, d: i32, c: usize, ldc: usize): void {
+  for (let t = 0; t < keys; t += 6) rowsTile4(x + <usize>t * ldx, ldx, tile, d, c + <usize>t * ldc, ldc, min(6, keys - t));
+}
+
+/** c[8][columns] += lanesᵀ x for all columns, c in scratch with lines of `ldc` bytes (a multiple of 32); with `few` only c[4]. */
+@inline
+function mix(few: bool, lanes: usize, step: usize, x: usize, ldx: usize, keys: i32, c: usize, ldc: usize): void {
   for (let j: usize = 0; j < ldc; j += 32) {
     lanesTile(lanes, step, x + j, ldx, keys, c + j, ldc);
-    lanesTile(lanes + 16, step, x + j, ldx, keys, c + j + 4 * ldc, ldc);
+    if (!few) lanesTile(lanes + 16, step, x + j, ldx, keys, c + j + 4 * ldc, ldc);
   }
 }
 
@@ -296,6 +329,8 @@ export function attention(job: Attention, from: i32, to: i32, scratch: usize): v
     const batch = pair / job.kvHeads;
     const kv = pair - batch * job.kvHeads;
     const last = min(r + 7, rows - 1);
+    // One query with up to four heads for each key/value head, as when decoding: the upper four lanes stay unused.
+    const few = last - r < 4;
     packTile(job, job.q, d, batch, kv, r, rows, job.scale, tile);
     packPositions(job, r, positions);
     memory.fill(o, 0, 8 * ldo);
@@ -305,14 +340,14 @@ export function attention(job: Attention, from: i32, to: i32, scratch: usize): v
     for (let t = firstKey(job, r); t < end; t += KEYS) {
       const keys = min(KEYS, end - t);
       const line = <usize>(batch * job.total + t);
-      scores(job.k + line * ldk + (<usize>(kv * d) << 2), ldk, keys, tile, d, s, 32);
+      const lines = job.k + line * ldk + (<usize>(kv * d) << 2);
+      if (few) fewScores(lines, ldk, keys, tile, d, s, 32);
+      else scores(lines, ldk, keys, tile, d, s, 32);
       if (!allSeen(job, r, last, t, keys)) hide(job, batch, t, keys, positions, s, 32);
       let n0 = m0, n1 = m1;
       const stop = s + (<usize>keys << 5);
-      for (let p = s; p < stop; p += 32) {
-        n0 = f32x4.pmax(n0, v128.load(p));
-        n1 = f32x4.pmax(n1, v128.load(p, 16));
-      }
+      for (let p = s; p < stop; p += 32) n0 = f32x4.pmax(n0, v128.load(p));
+      if (!few) for (let p = s; p < stop; p += 32) n1 = f32x4.pmax(n1, v128.load(p, 16));
       // A row that has seen nothing yet: subtract 0, all its terms are e^-infinity = 0.
       const shift0 = v128.andnot(n0, f32x4.eq(n0, f32x4.splat(NEGATIVE)));
       const shift1 = v128.andnot(n1, f32x4.eq(n1, f32x4.splat(NEGATIVE)));
@@ -321,17 +356,18 @@ export function attention(job: Attention, from: i32, to: i32, scratch: usize): v
       l1 = f32x4.mul(l1, keep1);
       for (let p = s; p < stop; p += 32) {
         const e0 = expTerm4(f32x4.sub(v128.load(p), shift0));
-        const e1 = expTerm4(f32x4.sub(v128.load(p, 16), shift1));
         l0 = f32x4.add(l0, e0);
-        l1 = f32x4.add(l1, e1);
         v128.store(p, e0);
+        if (few) continue;
+        const e1 = expTerm4(f32x4.sub(v128.load(p, 16), shift1));
+        l1 = f32x4.add(l1, e1);
         v128.store(p, e1, 16);
       }
       rescale(o, ldo, keep0);
       rescale(o + 4 * ldo, ldo, keep1);
       m0 = n0;
       m1 = n1;
-      mix(s, 32, job.v + line * ldv + (<usize>(kv * dv) << 2), ldv, keys, dv, o, ldo);
+      mix(few, s, 32, job.v + line * ldv + (<usize>(kv * dv) << 2), ldv, keys, o, ldo);
     }
     // One over the sum; 0 for rows that see nothing.
     const one = f32x4.splat(1);
@@ -476,7 +512,7 @@ export function attentionGrad(job: Attention, from: i32, to: i32, scratch: usize
             q += ld;
           }
           memory.fill(dq, 0, 8 * ldq);
-          mix(ds + at, ld, job.k + offsetK, ldk, keys, d, dq, ldq);
+          mix(false, ds + at, ld, job.k + offsetK, ldk, keys, dq, ldq);
           for (let lane = 0; lane < 8 && tile + lane < count; lane++) {
             const to = job.dq + ((<usize>rowIndex(job, batch, kv, r + tile + lane) * <usize>d) << 2);
             addLine(to, dq + <usize>lane * ldq, <usize>d << 2);

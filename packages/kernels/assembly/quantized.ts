@@ -1,7 +1,8 @@
-// Weights of few bits: their values, and products that widen them on the way. One row reads codes straight into dot products; a few rows widen
-// eight lines at a time into scratch; many rows widen them into the panels of the register tile. Activations stay f32 throughout.
+// Weights of few bits: their values, and products that widen them on the way. One row reads codes straight into dot products (for int8 and int4
+// as integers, see there); a few rows widen eight lines at a time into scratch; many rows widen them into the panels of the register tile.
+// Activations are not rounded to fewer bits than f32 has.
 import { dots1, dots2, finish, multiplyBlock, packPanel, panelStride, Product, rowOf, Task } from "./matmul";
-import { lane0, madd, sumLanes4, zero } from "./simd";
+import { lane0, madd, maxLanes, sumLanes4, zero } from "./simd";
 
 // Formats, as the host numbers them. int4 always has a zero (8 where none is stored).
 const INT8: i32 = 0;
@@ -51,12 +52,15 @@ function scaleIndex(job: Stored, line: i32): usize {
 
 @inline
 function scaleAt(format: i32, job: Stored, index: usize): f32 {
-  if (format == MXFP4) {
-    const e = <u32>load<u8>(job.scales + index);
-    // 2^-127 is subnormal.
-    return reinterpret<f32>(e == 0 ? 0x00400000 : e == 255 ? 0x7fc00000 : e << 23);
-  }
+  if (format == MXFP4) return powerOf(load<u8>(job.scales + index));
   return load<f32>(job.scales + (index << 2));
+}
+
+/** 2^(e - 127); NaN for 255. */
+@inline
+function powerOf(e: u32): f32 {
+  // 2^-127 is subnormal.
+  return reinterpret<f32>(e == 0 ? 0x00400000 : e == 255 ? 0x7fc00000 : e << 23);
 }
 
 @inline
@@ -283,51 +287,31 @@ function widenBlock(constants: usize, job: Stored, task: Task, first: i32, n: i3
   }
 }
 
-// ---------------------------------------------------------------- one row
+// ---------------------------------------------------------------- one row, codes that are floats
 
-/** acc + x[0..15] times 16 weights, less their scale (and for integers, 2^24 times too large). */
+/** acc + x[0..15] times 16 weights, less their scale. */
 @inline
-function dot16(
-  format: i32,
-  constants: usize,
-  p: usize,
-  zeroBytes: v128,
-  zeroTop: v128,
-  x0: v128,
-  x1: v128,
-  x2: v128,
-  x3: v128,
-  acc: v128,
-): v128 {
+function dot16(format: i32, constants: usize, p: usize, x0: v128, x1: v128, x2: v128, x3: v128, acc: v128): v128 {
   const codes = codes16(format, constants, p);
   const magnitude = magnitudes(format, constants, codes);
   const low = lower(format, constants, codes, magnitude);
-  const high = upper(format, constants, codes, magnitude, zeroBytes);
+  const high = upper(format, constants, codes, magnitude, zero());
   const a = firstHalves(low, high), b = lastHalves(low, high);
-  let t = f32x4.mul(x0, firstFour(format, a, zeroTop));
-  t = madd(x1, lastFour(format, a, zeroTop), t);
-  t = madd(x2, firstFour(format, b, zeroTop), t);
-  t = madd(x3, lastFour(format, b, zeroTop), t);
+  let t = f32x4.mul(x0, firstFour(format, a, zero()));
+  t = madd(x1, lastFour(format, a, zero()), t);
+  t = madd(x2, firstFour(format, b, zero()), t);
+  t = madd(x3, lastFour(format, b, zero()), t);
   return f32x4.add(acc, t);
 }
 
 /** total + scale times a group's sum. */
 @inline
-function scaled(format: i32, job: Stored, index: usize, sum: v128, total: v128): v128 {
-  if (!isFloatFormat(format)) sum = f32x4.mul(sum, f32x4.splat(TOP));
-  return madd(f32x4.splat(scaleAt(format, job, index)), sum, total);
+function scaled(format: i32, powers: usize, job: Stored, index: usize, sum: v128, total: v128): v128 {
+  const scale = format == MXFP4 ? powers + ((<usize>load<u8>(job.scales + index)) << 2) : job.scales + (index << 2);
+  return madd(v128.load_splat<f32>(scale), sum, total);
 }
 
-@inline
-function zeroBytesAt(format: i32, job: Stored, index: usize): v128 {
-  return format == INT4 ? i8x16.splat(<i8>zeroAt(format, job, index)) : zero();
-}
-@inline
-function zeroTopAt(format: i32, job: Stored, index: usize): v128 {
-  return format == INT8_ZEROS ? f32x4.splat(<f32>zeroAt(format, job, index) * 16777216.0) : zero();
-}
-
-/** c[n] (+)= elements from..to of one row times n lines; groups are whole chunks of 16, from and to too. */
+/** c[n] (+)= elements from..to of one row times n lines; groups are whole chunks of 16, from and to too. In scratch: the scales of MXFP4. */
 @inline
 function dotLines(format: i32, constants: usize, job: Stored, task: Task, a: usize, from: i32, to: i32, c: usize, add: bool): void {
   const ldb = <usize>job.ldb;
@@ -353,42 +337,29 @@ function dotLines(format: i32, constants: usize, job: Stored, task: Task, a: usi
     for (let i = from; i < to; g++) {
       const end = min(to, (g + 1) * group);
       const at = <usize>g;
-      const b0 = zeroBytesAt(format, job, i0 + at), b1 = zeroBytesAt(format, job, i1 + at);
-      const b2 = zeroBytesAt(format, job, i2 + at), b3 = zeroBytesAt(format, job, i3 + at);
-      const z0 = zeroTopAt(format, job, i0 + at), z1 = zeroTopAt(format, job, i1 + at);
-      const z2 = zeroTopAt(format, job, i2 + at), z3 = zeroTopAt(format, job, i3 + at);
       let t0 = zero(), t1 = zero(), t2 = zero(), t3 = zero();
       for (; i < end; i += 16) {
         const x0 = v128.load(x), x1 = v128.load(x, 16), x2 = v128.load(x, 32), x3 = v128.load(x, 48);
-        t0 = dot16(format, constants, p0, b0, z0, x0, x1, x2, x3, t0);
-        t1 = dot16(format, constants, p1, b1, z1, x0, x1, x2, x3, t1);
-        t2 = dot16(format, constants, p2, b2, z2, x0, x1, x2, x3, t2);
-        t3 = dot16(format, constants, p3, b3, z3, x0, x1, x2, x3, t3);
+        t0 = dot16(format, constants, p0, x0, x1, x2, x3, t0);
+        t1 = dot16(format, constants, p1, x0, x1, x2, x3, t1);
+        t2 = dot16(format, constants, p2, x0, x1, x2, x3, t2);
+        t3 = dot16(format, constants, p3, x0, x1, x2, x3, t3);
         x += 64;
         p0 += step;
         p1 += step;
         p2 += step;
         p3 += step;
       }
-      s0 = scaled(format, job, i0 + at, t0, s0);
-      s1 = scaled(format, job, i1 + at, t1, s1);
-      s2 = scaled(format, job, i2 + at, t2, s2);
-      s3 = scaled(format, job, i3 + at, t3, s3);
+      s0 = scaled(format, constants - CONSTANTS_OFFSET, job, i0 + at, t0, s0);
+      s1 = scaled(format, constants - CONSTANTS_OFFSET, job, i1 + at, t1, s1);
+      s2 = scaled(format, constants - CONSTANTS_OFFSET, job, i2 + at, t2, s2);
+      s3 = scaled(format, constants - CONSTANTS_OFFSET, job, i3 + at, t3, s3);
     }
     finish(c, sumLanes4(s0, s1, s2, s3), count, add);
     c += 16;
   }
 }
 
-function dotInt8(constants: usize, job: Stored, task: Task, a: usize, from: i32, to: i32, c: usize, add: bool): void {
-  dotLines(INT8, constants, job, task, a, from, to, c, add);
-}
-function dotInt8Zeros(constants: usize, job: Stored, task: Task, a: usize, from: i32, to: i32, c: usize, add: bool): void {
-  dotLines(INT8_ZEROS, constants, job, task, a, from, to, c, add);
-}
-function dotInt4(constants: usize, job: Stored, task: Task, a: usize, from: i32, to: i32, c: usize, add: bool): void {
-  dotLines(INT4, constants, job, task, a, from, to, c, add);
-}
 function dotMxfp4(constants: usize, job: Stored, task: Task, a: usize, from: i32, to: i32, c: usize, add: bool): void {
   dotLines(MXFP4, constants, job, task, a, from, to, c, add);
 }
@@ -396,13 +367,186 @@ function dotFp8(constants: usize, job: Stored, task: Task, a: usize, from: i32, 
   dotLines(FP8, constants, job, task, a, from, to, c, add);
 }
 
-function dotAny(constants: usize, job: Stored, task: Task, a: usize, from: i32, to: i32, c: usize, add: bool): void {
-  const format = job.kind;
-  if (format == INT8) dotInt8(constants, job, task, a, from, to, c, add);
-  else if (format == INT8_ZEROS) dotInt8Zeros(constants, job, task, a, from, to, c, add);
-  else if (format == INT4) dotInt4(constants, job, task, a, from, to, c, add);
-  else if (format == MXFP4) dotMxfp4(constants, job, task, a, from, to, c, add);
-  else dotFp8(constants, job, task, a, from, to, c, add);
+// ---------------------------------------------------------------- one row, codes that are integers
+// The row becomes integers of 31 bits times one power of two, and each of those two digits of 16 bits with sign: exact but for what lies
+// below 2^-30 of the largest element. Products of digits and codes are summed as integers, exactly, and become floats once for each group.
+
+/** Elements of a block of digits, and the most of a sum: more would not be held by 32 bits. */
+const KI: i32 = 16384;
+const SEGMENT: i32 = 1024;
+/** In scratch, where packed blocks of many rows would be: digits, four bytes for an element; then 32 bytes for each sum. */
+const SUMS_OFFSET: usize = <usize>(KI * 4);
+
+/** Four elements as integers. Their range holds: rounding to it is relaxed SIMD's too. */
+@inline
+function integers(x: usize, factor: v128): v128 {
+  const y = f32x4.nearest(f32x4.mul(v128.load(x), factor));
+  if (ASC_FEATURE_RELAXED_SIMD) return i32x4.relaxed_trunc_f32x4_s(y);
+  return i32x4.trunc_sat_f32x4_s(y);
+}
+/** The upper, then the lower digits of eight integers. */
+@inline
+function storeDigits(a: v128, b: v128, to: usize): void {
+  const carry = i32x4.splat(0x8000);
+  v128.store(to, v128.shuffle<u16>(i32x4.add(a, carry), i32x4.add(b, carry), 1, 3, 5, 7, 9, 11, 13, 15));
+  v128.store(to, v128.shuffle<u16>(a, b, 0, 2, 4, 6, 8, 10, 12, 14), 16);
+}
+
+/**
+ * Writes the digits of x[0..k], k a multiple of 16, in the order of the codes: of nibbles, those of even elements come first. Gives what they
+ * are to be multiplied by; NaN where x has no digits: it holds infinity or NaN, or nothing above 2^-96.
+ */
+function digitize(nibbles: bool, x: usize, k: i32, to: usize): f32 {
+  const end = x + ((<usize>k) << 2);
+  let most = zero();
+  for (let p = x; p < end; p += 16) most = f32x4.max(most, f32x4.abs(v128.load(p)));
+  const largest = maxLanes(most);
+  if (!(largest < f32.POSITIVE_INFINITY) || (largest < reinterpret<f32>(0x0f800000) && largest > 0)) return f32.NaN;
+  // The power of two that makes it 2^29 to 2^30.
+  const exponent = min(252, 283 - <i32>(reinterpret<u32>(largest) >> 23));
+  const factor = f32x4.splat(reinterpret<f32>(exponent << 23));
+  for (; x < end; x += 64) {
+    const a = integers(x, factor), b = integers(x + 16, factor), c = integers(x + 32, factor), d = integers(x + 48, factor);
+    if (nibbles) {
+      storeDigits(v128.shuffle<u32>(a, b, 0, 2, 4, 6), v128.shuffle<u32>(c, d, 0, 2, 4, 6), to);
+      storeDigits(v128.shuffle<u32>(a, b, 1, 3, 5, 7), v128.shuffle<u32>(c, d, 1, 3, 5, 7), to + 32);
+    } else {
+      storeDigits(a, b, to);
+      storeDigits(c, d, to + 32);
+    }
+    to += 64;
+  }
+  return reinterpret<f32>((254 - exponent) << 23);
+}
+
+/** Sums of the upper and the lower digits times `code`, group by group. */
+function sumDigits(code: i32, group: i32, from: i32, to: i32, digits: usize, sums: usize): void {
+  const codes = i16x8.splat(<i16>code);
+  let end = (from / group + 1) * group;
+  for (let i = from; i < to; ) {
+    const stop = min(min(i + SEGMENT, end), to);
+    let high = zero(), low = zero();
+    for (; i < stop; i += 8) {
+      high = i32x4.add(high, i32x4.dot_i16x8_s(codes, v128.load(digits)));
+      low = i32x4.add(low, i32x4.dot_i16x8_s(codes, v128.load(digits, 16)));
+      digits += 32;
+    }
+    v128.store(sums, high);
+    v128.store(sums, low, 16);
+    sums += 32;
+    if (i == end) end += group;
+  }
+}
+
+/** total + scale times the sum of a group, whose digits are summed in `high` and `low`, without its zero. */
+@inline
+function scaledDigits(format: i32, job: Stored, index: usize, sums: usize, high: v128, low: v128, total: v128): v128 {
+  if (format == INT4 && !job.zeros) {
+    // They are sums of eights.
+    high = i32x4.sub(high, v128.load(sums));
+    low = i32x4.sub(low, v128.load(sums, 16));
+  } else if (format != INT8) {
+    const zeros = i32x4.splat(zeroAt(format, job, index));
+    high = i32x4.sub(high, i32x4.mul(zeros, v128.load(sums)));
+    low = i32x4.sub(low, i32x4.mul(zeros, v128.load(sums, 16)));
+  }
+  const sum = madd(f32x4.convert_i32x4_s(high), f32x4.splat(65536), f32x4.convert_i32x4_s(low));
+  return madd(v128.load_splat<f32>(job.scales + (index << 2)), sum, total);
+}
+
+/** c[n] (+)= elements from..to of a row, whose digits times `factor` they are, times n lines; from, to and groups are whole chunks of 16. */
+@inline
+function digitLines(format: i32, job: Stored, task: Task, from: i32, to: i32, digits: usize, factor: f32, add: bool): void {
+  const ldb = <usize>job.ldb;
+  const group = job.group;
+  const step: usize = isNibble(format) ? 8 : 16;
+  const first = <usize>(from / group);
+  const across = <usize>job.across;
+  const by = f32x4.splat(factor);
+  let c = task.c;
+  for (let j = 0; j < task.n; j += 4) {
+    const count = task.n - j;
+    // Lines past the last are copies of the first.
+    const one: usize = count > 1 ? 1 : 0, two: usize = count > 2 ? 2 : 0, three: usize = count > 3 ? 3 : 0;
+    let p0 = codesAt(format, task.b + <usize>j * ldb, from);
+    let p1 = p0 + one * ldb;
+    let p2 = p0 + two * ldb;
+    let p3 = p0 + three * ldb;
+    // A scale serves one line.
+    let g = <usize>(<i32>task.bias + j) * across + first;
+    let s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
+    let x = digits;
+    let sums = digits + SUMS_OFFSET;
+    let end = (<i32>first + 1) * group;
+    for (let i = from; i < to; ) {
+      const stop = min(min(i + SEGMENT, end), to);
+      let h0 = zero(), h1 = zero(), h2 = zero(), h3 = zero();
+      let l0 = zero(), l1 = zero(), l2 = zero(), l3 = zero();
+      for (; i < stop; i += 16) {
+        let high = v128.load(x), low = v128.load(x, 16);
+        let w = eightCodes(format, p0, false);
+        h0 = i32x4.add(h0, i32x4.dot_i16x8_s(w, high));
+        l0 = i32x4.add(l0, i32x4.dot_i16x8_s(w, low));
+        w = eightCodes(format, p1, false);
+        h1 = i32x4.add(h1, i32x4.dot_i16x8_s(w, high));
+        l1 = i32x4.add(l1, i32x4.dot_i16x8_s(w, low));
+        w = eightCodes(format, p2, false);
+        h2 = i32x4.add(h2, i32x4.dot_i16x8_s(w, high));
+        l2 = i32x4.add(l2, i32x4.dot_i16x8_s(w, low));
+        w = eightCodes(format, p3, false);
+        h3 = i32x4.add(h3, i32x4.dot_i16x8_s(w, high));
+        l3 = i32x4.add(l3, i32x4.dot_i16x8_s(w, low));
+        high = v128.load(x, 32);
+        low = v128.load(x, 48);
+        w = eightCodes(format, p0, true);
+        h0 = i32x4.add(h0, i32x4.dot_i16x8_s(w, high));
+        l0 = i32x4.add(l0, i32x4.dot_i16x8_s(w, low));
+        w = eightCodes(format, p1, true);
+        h1 = i32x4.add(h1, i32x4.dot_i16x8_s(w, high));
+        l1 = i32x4.add(l1, i32x4.dot_i16x8_s(w, low));
+        w = eightCodes(format, p2, true);
+        h2 = i32x4.add(h2, i32x4.dot_i16x8_s(w, high));
+        l2 = i32x4.add(l2, i32x4.dot_i16x8_s(w, low));
+        w = eightCodes(format, p3, true);
+        h3 = i32x4.add(h3, i32x4.dot_i16x8_s(w, high));
+        l3 = i32x4.add(l3, i32x4.dot_i16x8_s(w, low));
+        x += 64;
+        p0 += step;
+        p1 += step;
+        p2 += step;
+        p3 += step;
+      }
+      s0 = scaledDigits(format, job, g, sums, h0, l0, s0);
+      s1 = scaledDigits(format, job, g + one * across, sums, h1, l1, s1);
+      s2 = scaledDigits(format, job, g + two * across, sums, h2, l2, s2);
+      s3 = scaledDigits(format, job, g + three * across, sums, h3, l3, s3);
+      sums += 32;
+      if (i == end) {
+        end += group;
+        g++;
+      }
+    }
+    finish(c, f32x4.mul(sumLanes4(s0, s1, s2, s3), by), count, add);
+    c += 16;
+  }
+}
+
+/** The first or the second eight codes of a chunk; of nibbles, those of even or odd elements. */
+@inline
+function eightCodes(format: i32, p: usize, second: bool): v128 {
+  if (!isNibble(format)) return second ? v128.load_ext<i8>(p, 8) : v128.load_ext<i8>(p);
+  const pairs = v128.load_ext<u8>(p);
+  return second ? i16x8.shr_u(pairs, 4) : v128.and(pairs, i16x8.splat(15));
+}
+
+function digitInt8(job: Stored, task: Task, from: i32, to: i32, digits: usize, factor: f32, add: bool): void {
+  digitLines(INT8, job, task, from, to, digits, factor, add);
+}
+function digitInt8Zeros(job: Stored, task: Task, from: i32, to: i32, digits: usize, factor: f32, add: bool): void {
+  digitLines(INT8_ZEROS, job, task, from, to, digits, factor, add);
+}
+function digitInt4(job: Stored, task: Task, from: i32, to: i32, digits: usize, factor: f32, add: bool): void {
+  digitLines(INT4, job, task, from, to, digits, factor, add);
 }
 
 // ---------------------------------------------------------------- products
@@ -429,8 +573,16 @@ function dotWidened(constants: usize, job: Stored, task: Task, from: i32, to: i3
 export function storedDots(job: Stored, from: i32, to: i32, scratch: usize): void {
   const constants = constantsAt(job.kind, scratch + CONSTANTS_OFFSET);
   const lines = scratch + LINES_OFFSET;
+  const format = job.kind;
   // One row reads chunks of 16 within groups; what is left of a line is widened.
   const chunks = job.group % 16 == 0 || job.across == 1;
+  if (format == MXFP4) {
+    // To be looked up.
+    for (let e = 0; e < 256; e++) store<f32>(scratch + ((<usize>e) << 2), powerOf(e));
+  }
+  // The row whose digits are in scratch, and what they are to be multiplied by.
+  let known: usize = 0;
+  let factor: f32 = 0;
   for (let t = from; t < to; t++) {
     const task = changetype<Task>(job.tasks + (<usize>t) * offsetof<Task>());
     const k = task.k;
@@ -442,8 +594,30 @@ export function storedDots(job: Stored, from: i32, to: i32, scratch: usize): voi
     if (task.m == 1 && chunks) {
       const whole = k & ~15;
       const row = rowOf(job, task, 0);
-      for (; i < whole; i += KD_FEW) dotAny(constants, job, task, row, i, min(whole, i + KD_FEW), task.c, i > 0);
-      i = whole;
+      if (isFloatFormat(format)) {
+        for (; i < whole; i += KD_FEW) {
+          const end = min(whole, i + KD_FEW);
+          if (format == MXFP4) dotMxfp4(constants, job, task, row, i, end, task.c, i > 0);
+          else dotFp8(constants, job, task, row, i, end, task.c, i > 0);
+        }
+        i = whole;
+      } else {
+        while (i < whole) {
+          const end = min(whole, i + KI);
+          const x = row + ((<usize>i) << 2);
+          if (known != x) {
+            factor = digitize(format == INT4, x, end - i, scratch);
+            const code = format == INT4 && !job.zeros ? 8 : 1;
+            if (format != INT8) sumDigits(code, job.group, i, end, scratch, scratch + SUMS_OFFSET);
+            known = x;
+          }
+          if (factor != factor) break; // no digits
+          if (format == INT8) digitInt8(job, task, i, end, scratch, factor, i > 0);
+          else if (format == INT8_ZEROS) digitInt8Zeros(job, task, i, end, scratch, factor, i > 0);
+          else digitInt4(job, task, i, end, scratch, factor, i > 0);
+          i = end;
+        }
+      }
     }
     for (; i < k; i += KD) dotWidened(constants, job, task, i, min(k, i + KD), i > 0, lines);
   }

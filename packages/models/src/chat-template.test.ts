@@ -119,9 +119,9 @@ describe("render", () => {
   it("gives variables, which come before special tokens, and nothing of the machine", () => {
     const config = { bos_token: "<s>", chat_template: "{{ bos_token }}{{ extra }}" };
     const variables = { bos_token: "<b>", extra: [1, { a: null }] };
-    expect(chatTemplate({ config }).render(messages, { variables })).toBe('<b>[1, {"a": null}]');
+    expect(chatTemplate({ config }).render(messages, { variables })).toBe("<b>[1, {'a': None}]");
     for (const name of ["process", "globalThis", "constructor", "__proto__", "toString"]) {
-      expect(render(`{{ ${name} is defined }}{{ messages[0].${name} is defined }}`)).toBe("falsefalse");
+      expect(render(`{{ ${name} is defined }}{{ messages[0].${name} is defined }}`)).toBe("FalseFalse");
     }
     expect(() => render("{{ ''.constructor.constructor('return 1')() }}")).toThrow(CheckpointError);
   });

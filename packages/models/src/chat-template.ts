@@ -72,32 +72,96 @@ interface Value {
   readonly value?: unknown;
 }
 
-/** What a loop runs over: `for x in iterable`, or `for x in lhs if ...`. */
-function iterable(node: object | undefined): object | undefined {
-  if (!node || !("iterable" in node) || typeof node.iterable !== "object" || node.iterable === null) return undefined;
-  const { iterable: list } = node;
-  return "lhs" in list && typeof list.lhs === "object" && list.lhs !== null ? list.lhs : list;
+/** A template as the interpreter takes it. */
+interface Program {
+  readonly root: ReturnType<typeof parse>;
+  /** Expressions that loops run over: `for x in list`, `for x in list if ...`. */
+  readonly looped: WeakSet<object>;
+  /** Expressions whose values are printed. */
+  readonly printed: WeakSet<object>;
 }
 
-/** Counts what a template does, and stops it when that is too much. */
+const silent = ["Set", "Macro", "Comment"];
+
+function analysed(root: Program["root"]): Program {
+  const looped = new WeakSet<object>();
+  const printed = new WeakSet<object>();
+  const visit = (node: unknown): void => {
+    if (typeof node !== "object" || node === null) return;
+    if (node instanceof Map) for (const pair of node) visit(pair);
+    for (const [key, child] of Object.entries(node)) {
+      if (key === "iterable" && typeof child === "object" && child) looped.add("lhs" in child ? child.lhs : child);
+      if (Array.isArray(child) && ["body", "alternate", "defaultBlock"].includes(key)) {
+        for (const one of child as { readonly type: string }[]) if (!silent.includes(one.type)) printed.add(one);
+      }
+      visit(child);
+    }
+  };
+  visit(root);
+  return { root, looped, printed };
+}
+
+/** What Python prints for a value; undefined where the interpreter does as Python does. */
+function python({ type, value }: Value): string | undefined {
+  if (type === "NullValue") return "None";
+  if (type === "BooleanValue") return value ? "True" : "False";
+  if (Array.isArray(value)) {
+    const list = value.map(inPython);
+    if (type === "TupleValue") return `(${list.join(", ")}${list.length === 1 ? "," : ""})`;
+    return `[${list.join(", ")}]`;
+  }
+  if (!(type === "ObjectValue" && value instanceof Map)) return undefined;
+  return `{${Array.from(value, ([key, one]) => `${quoted(key)}: ${inPython(one)}`).join(", ")}}`;
+}
+
+const inPython = (one: Value): string =>
+  typeof one.value === "string" ? quoted(one.value) : (python(one) ?? String(one.value ?? "Undefined"));
+
+/** A text as Python's repr. */
+function quoted(text: string): string {
+  const mark = text.includes("'") && !text.includes('"') ? '"' : "'";
+  const names: Readonly<Record<string, string>> = { "\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\" };
+  const inner = text.replace(/[\\'"]|[\p{C}\p{Zl}\p{Zp}]|(?! )\p{Zs}/gu, (c) => {
+    const code = c.codePointAt(0) ?? 0;
+    if (c === "'" || c === '"') return c === mark ? `\\${c}` : c;
+    const hex = (digits: number): string => code.toString(16).padStart(digits, "0");
+    return names[c] ?? (code < 256 ? `\\x${hex(2)}` : code < 65536 ? `\\u${hex(4)}` : `\\U${hex(8)}`);
+  });
+  return mark + inner + mark;
+}
+
+/** Where an operator or filter makes a text of a value. */
+const makesText = (node: Parameters<Interpreter["evaluate"]>[0]): boolean => {
+  if (!node) return false;
+  const { type, operator, filter } = node as { type: string; operator?: Value; filter?: Value };
+  return (
+    (type === "BinaryExpression" && operator?.value === "~") ||
+    (type === "FilterExpression" && filter?.value === "string")
+  );
+};
+
+/** Prints as Python does, counts what a template does, and stops it when that is too much. */
 class Bounded extends Interpreter {
   #work = 0;
-  /** Expressions that loops run over. */
-  readonly #looped = new WeakSet<object>();
   /** Lists and records never change once made; namespaces do, so that what holds one is weighed anew. */
   readonly #weights = new WeakMap<object, number>();
   readonly #longest: number;
+  readonly #program: Program;
 
-  constructor(environment: Environment, longest: number) {
+  constructor(environment: Environment, program: Program, longest: number) {
     super(environment);
+    this.#program = program;
     this.#longest = longest;
   }
 
+  render(): string {
+    const { value }: Value = this.run(this.#program.root);
+    return String(value);
+  }
+
   override evaluate(...given: Parameters<Interpreter["evaluate"]>): ReturnType<Interpreter["evaluate"]> {
-    const [node] = given;
-    const list = iterable(node);
-    if (list) this.#looped.add(list);
-    const result = super.evaluate(...given);
+    const [node, scope] = given;
+    const result = makesText(node) ? this.#text(node, scope) : super.evaluate(...given);
     this.#work++;
     const { value } = result as Value;
     if (typeof value === "string") {
@@ -106,10 +170,27 @@ class Bounded extends Interpreter {
     } else if (Array.isArray(value) || value instanceof Map) {
       this.#weigh(result);
       const size = Array.isArray(value) ? value.length : value.size;
-      this.#work += node && this.#looped.has(node) ? size * workOfRound : size >> 4;
+      this.#work += node && this.#program.looped.has(node) ? size * workOfRound : size >> 4;
     }
     if (this.#work > mostWork) throw new RangeError("it does not come to an end");
-    return result;
+    const printed = node && this.#program.printed.has(node) ? python(result) : undefined;
+    return printed === undefined ? result : this.#literal(printed, scope);
+  }
+
+  #literal(text: string, scope: Environment): ReturnType<Interpreter["evaluate"]> {
+    const node = { type: "StringLiteral", value: text };
+    return super.evaluate(node, scope);
+  }
+
+  /** `a ~ b` and `a | string`. */
+  #text(node: object | undefined, scope: Environment): ReturnType<Interpreter["evaluate"]> {
+    type Part = Parameters<Interpreter["evaluate"]>[0];
+    const { left, right, operand } = node as { left?: Part; right?: Part; operand?: Part };
+    const texts = (operand ? [operand] : [left, right]).map((part) => {
+      const value = this.evaluate(part, scope);
+      return python(value) ?? value.toString();
+    });
+    return this.#literal(texts.join(""), scope);
   }
 
   /** How much printing a value would give, in values: a list that holds one list twice counts it twice. */
@@ -205,8 +286,6 @@ function specialTokens({ config = {}, specialTokens: map = {} }: ChatTemplateFil
   return found;
 }
 
-type Program = ReturnType<typeof parse>;
-
 function compile(name: string, text: Json): Program {
   const which = `the chat template ${quote(name)}`;
   if (typeof text !== "string") {
@@ -221,7 +300,7 @@ function compile(name: string, text: Json): Program {
     throw new CheckpointError(`${which} has over ${longestBlank} white characters in a row; that is not allowed`);
   }
   try {
-    return parse(tokenize(text, { lstrip_blocks: true, trim_blocks: true }));
+    return analysed(parse(tokenize(text, { lstrip_blocks: true, trim_blocks: true })));
   } catch (cause) {
     throw new CheckpointError(`${which} is not valid Jinja: ${words(cause)}`, { cause });
   }
@@ -293,8 +372,7 @@ export function chatTemplate(files: ChatTemplateFiles): ChatTemplate {
       const everything = { ...globals, ...given, add_generation_prompt: addGenerationPrompt };
       try {
         for (const [key, value] of Object.entries(everything)) environment.set(key, value);
-        const result: Value = new Bounded(environment, longestText + 4 * lengthOf(given)).run(program);
-        return String(result.value);
+        return new Bounded(environment, program, longestText + 4 * lengthOf(given)).render();
       } catch (cause) {
         if (cause instanceof Refusal) {
           throw new ShapeError(`chat: the template refuses these messages: ${cause.message}`, { cause });

@@ -47,6 +47,11 @@ describe("openCheckpoint", () => {
     expect((await checkpoint.read("y")).length).toBe(0);
     await expect(checkpoint.read("x", [4, 16])).rejects.toThrow(/bytes 4 to 16 of tensor "x": it has 12/);
     await expect(checkpoint.read("z")).rejects.toThrow(/no tensor "z"/);
+    const target = new Uint8Array(16);
+    await checkpoint.readInto?.(target.subarray(4, 12), "x", 4);
+    expect([...new Float32Array(target.buffer)]).toEqual([0, 2, 3, 0]);
+    await expect(checkpoint.readInto?.(target, "x", 0)).rejects.toThrow(/bytes 0 to 16 of tensor "x": it has 12/);
+    await expect(checkpoint.readInto?.(target.subarray(0, 4), "x", -4)).rejects.toThrow(CheckpointError);
     expect(() => checkpoint.stored("toString")).toThrow(CheckpointError);
     expect(await checkpoint.json("tokenizer.json")).toBeUndefined();
     await checkpoint.close();

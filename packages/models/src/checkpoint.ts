@@ -146,6 +146,14 @@ async function withoutWeights(open: OpenFile, where: string, { list }: ReadOptio
   return new CheckpointError(`${where} has no safetensors files, only ${quote(first)}. ${pickleAdvice}`);
 }
 
+function checkRange(
+  name: string,
+  { start, end, size }: { readonly start: number; readonly end: number; readonly size: number },
+): void {
+  if (Number.isSafeInteger(start) && Number.isSafeInteger(end) && start >= 0 && start <= end && end <= size) return;
+  throw new CheckpointError(`cannot read bytes ${start} to ${end} of tensor ${quote(name)}: it has ${size}`);
+}
+
 /**
  * A checkpoint over any set of files, for example downloads in a browser. `where` is shown in errors.
  * Throws CheckpointError where config.json or the weights are missing, damaged or do not fit their index, where JSON has
@@ -205,12 +213,14 @@ export async function readCheckpoint(
     async read(name, range) {
       const { from, to, source } = find(name);
       const [start, end] = range ?? [0, to - from];
-      if (
-        !(Number.isSafeInteger(start) && Number.isSafeInteger(end) && start >= 0 && start <= end && end <= to - from)
-      ) {
-        throw new CheckpointError(`cannot read bytes ${start} to ${end} of tensor ${quote(name)}: it has ${to - from}`);
-      }
+      checkRange(name, { start, end, size: to - from });
       return readExactly(source, from + start, from + end);
+    },
+    async readInto(target, name, start) {
+      const { from, to, source } = find(name);
+      checkRange(name, { start, end: start + target.length, size: to - from });
+      if (source.readInto) await source.readInto(target, from + start);
+      else target.set(await readExactly(source, from + start, from + start + target.length));
     },
     // A vocabulary may hold the word __proto__; as a key of its own it does no harm.
     json: (name) => readJson(open, name, { size: maximumJson, anyKey: true }),

@@ -540,6 +540,17 @@ describe("folders", () => {
     expect((await readdir(path("out"))).sort()).toEqual((await readdir(fixture("olmoe"))).sort());
   });
 
+  it("reads the cache of the Hugging Face Hub, whose files are links, and writes files", async () => {
+    const [snapshot, blobs] = [path("models--a", "snapshots", "0123"), path("models--a", "blobs")];
+    await cp(fixture("olmoe"), blobs, { recursive: true });
+    await mkdir(snapshot, { recursive: true });
+    for (const name of await readdir(blobs)) await symlink(join("..", "..", "blobs", name), join(snapshot, name));
+    const { files } = await convertCheckpoint(snapshot, path("out"));
+    await expectCopies(fixture("olmoe"), path("out"));
+    expect(files.leftOut).toEqual([]);
+    expect((await readdir(path("out"), { withFileTypes: true })).every((entry) => entry.isFile())).toBe(true);
+  });
+
   it("reads an interrupted save through its record", async () => {
     // Killed when all was written: the new files count, under their temporary names.
     const weights = await encoded({ a: f32(1) });

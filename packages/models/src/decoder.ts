@@ -35,6 +35,7 @@ import {
   type RouterInput,
   type RouterPlugin,
   routeTokens,
+  routingMetrics,
   runExperts,
   tokenMask,
 } from "@switchyard/core/moe";
@@ -231,6 +232,11 @@ export function buildDecoder(
     plant(layer === undefined ? outside : (trees[Number(layer)] as Branch), rest, parameters.given(path, shape));
   }
 
+  const routerCount = blueprint.layers.reduce(
+    (count, { attention, feedForward }) =>
+      count + (attention.kind === "mixture" ? 1 : 0) + (feedForward.kind === "moe" ? 1 : 0),
+    0,
+  );
   const contextOf = (layer: number, experts: number, part: RoutingPlace["part"]): RouterContext => {
     const { attention } = blueprint.layers[layer] as LayerBlueprint;
     return {
@@ -238,8 +244,9 @@ export function buildDecoder(
       width,
       experts,
       ...(attention.kind === "mixture" ? {} : { heads: attention.heads }),
-      layer,
-      layers: blueprint.layers.length,
+      // Among the routers: what `afterStep` is told has an entry for each of them, and dense layers have none.
+      layer: routers.length,
+      layers: routerCount,
       vocabulary,
       ...(tokenCounts ? { tokenCounts } : {}),
       random: random.at("router", ...(part === "attention" ? [part] : []), layer),
@@ -285,7 +292,11 @@ export function buildDecoder(
       attentionPlace = enlist(attention.router, router, { layer, part: "attention", experts: attention.experts });
       headRouter = router;
     }
-    const common = { attention: attentionModule(attention, blueprint, headRouter), rope: attention.rope, attentionPlace };
+    const common = {
+      attention: attentionModule(attention, blueprint, headRouter),
+      rope: attention.rope,
+      attentionPlace,
+    };
     const { activation = "silu" } = feedForward;
     if (feedForward.kind === "dense") {
       const { hidden } = feedForward;
@@ -389,10 +400,10 @@ function assemble(engine: Engine, blueprint: Blueprint, parts: Parts): LanguageM
 
   /** Cosines and sines of the new positions; rows that start with padding count from their first token. */
   const turnsOf = (like: Tensor, rope: Rotary, sizes: PassSizes): Turns => {
-    const { past, sequence, padding = [] } = sizes;
+    const { past, sequence, length, padding = [] } = sizes;
     const half = rope.size / 2;
     if (padding.every((n) => n === 0)) {
-      const tables = ropeTables(rope, { past, positions: sequence });
+      const tables = ropeTables(rope, { past, positions: sequence, length });
       return {
         cos: hostConstant(like, tables.cos, [sequence, half]),
         sin: hostConstant(like, tables.sin, [sequence, half]),
@@ -405,7 +416,8 @@ function assemble(engine: Engine, blueprint: Blueprint, parts: Parts): LanguageM
     ];
     for (const [row, before] of padding.entries()) {
       const hidden = Math.min(Math.max(before - past, 0), sequence); // new positions that are padding: never seen, not turned
-      const tables = ropeTables(rope, { past: Math.max(past - before, 0), positions: sequence - hidden });
+      const own = { past: Math.max(past - before, 0), positions: sequence - hidden, length: length - before };
+      const tables = ropeTables(rope, own);
       cos.set(tables.cos, (row * sequence + hidden) * half);
       sin.set(tables.sin, (row * sequence + hidden) * half);
     }
@@ -442,7 +454,13 @@ function assemble(engine: Engine, blueprint: Blueprint, parts: Parts): LanguageM
         `transformer: mask is [${mask.shape}], expected [batch, past + sequence] = [${batch}, ${total}]`,
       );
     }
-    const sizes = { past, sequence, ...(padding ? { padding } : {}) };
+    const { length = total } = options;
+    if (!(Number.isSafeInteger(length) && length >= total && length <= context)) {
+      throw new ShapeError(
+        `transformer: length is ${length}, expected a whole number from ${total}, which this pass reaches, to context, ${context}`,
+      );
+    }
+    const sizes = { past, sequence, length, ...(padding ? { padding } : {}) };
     return {
       params,
       options,
@@ -556,6 +574,14 @@ function assemble(engine: Engine, blueprint: Blueprint, parts: Parts): LanguageM
     }
   };
 
+  /** A decision with the metrics that `moe` gives those of feed-forward layers. */
+  const measured = (place: number, routed: Routed, { hidden, layout }: RouterInput): Routed => {
+    const mask = tokenMask(layout);
+    const sizes = { experts: routing[place]?.experts ?? 0, ...(mask ? { mask } : {}) };
+    const metrics = { ...routingMetrics(routed, sizes, hidden.shape[0] ?? 0), ...routed.metrics };
+    return { ...routed, metrics };
+  };
+
   const forward: LanguageModel["forward"] = (params, ids, options = {}) =>
     ids.engine.scope(() => {
       const pass = begin(params, ids, options);
@@ -570,7 +596,7 @@ function assemble(engine: Engine, blueprint: Blueprint, parts: Parts): LanguageM
         let carry: Tree | undefined;
         for (const [layer, { attentionPlace, feedForward }] of layers.entries()) {
           const { residual, input, routed: heads } = attend(pass, layer, x, carry);
-          if (heads && attentionPlace !== undefined) note(attentionPlace, heads);
+          if (heads && attentionPlace !== undefined) note(attentionPlace, measured(attentionPlace, heads, input));
           if (feedForward.kind === "dense") {
             x = join(pass, layer, residual, runDense(params, layer, feedForward.experts, input));
             continue;
@@ -707,6 +733,8 @@ function assemble(engine: Engine, blueprint: Blueprint, parts: Parts): LanguageM
 interface PassSizes {
   readonly past: number;
   readonly sequence: number;
+  /** Of the whole sequence, of which this pass may be a part. */
+  readonly length: number;
   readonly padding?: readonly number[];
 }
 

@@ -134,6 +134,8 @@ export async function evaluateTokens(
           const y = await model.step(input, {
             cache,
             positions: silent > 0 ? "last" : "all",
+            // The window's last token counts for its length.
+            length: length + 1,
             ...(allowNonCausal === undefined ? {} : { allowNonCausal }),
           });
           try {

@@ -50,19 +50,23 @@ async function openFile(path: string, name: string): Promise<FileSource | undefi
     await handle.close();
     throw new CheckpointError(`cannot read ${name}: it is not a file`);
   }
+  const fill = async (target: Uint8Array, from: number): Promise<void> => {
+    let done = 0;
+    while (done < target.length) {
+      const { bytesRead } = await handle.read(target, done, target.length - done, from + done);
+      if (bytesRead === 0) throw new CheckpointError(`${name} ended at byte ${from + done} while it was being read`);
+      done += bytesRead;
+    }
+  };
   return {
     name,
     size: status.size,
     async read(from, to) {
       const bytes = new Uint8Array(to - from);
-      let done = 0;
-      while (done < bytes.length) {
-        const { bytesRead } = await handle.read(bytes, done, bytes.length - done, from + done);
-        if (bytesRead === 0) throw new CheckpointError(`${name} ended at byte ${from + done} while it was being read`);
-        done += bytesRead;
-      }
+      await fill(bytes, from);
       return bytes;
     },
+    readInto: (target, from) => fill(target, from),
     close: () => handle.close(),
   };
 }

@@ -210,6 +210,29 @@ describe("generate", () => {
   });
 });
 
+it("gives text prompts the special tokens that the tokenizer wants in front", async () => {
+  const files = await trainTokenizer([""], { vocabulary: 258, specialTokens: ["<s>"] });
+  const single = [{ SpecialToken: { id: "<s>", type_id: 0 } }, { Sequence: { id: "A", type_id: 0 } }];
+  const post_processor = { type: "TemplateProcessing", single, pair: single };
+  const words = tokenizer({ ...files, tokenizer: { ...files.tokenizer, post_processor } });
+  const seen: number[][] = [];
+  const scripted = scriptedModel(on, {
+    vocabulary: 258,
+    context: 8,
+    say: (sequence) => {
+      seen.push([...sequence]);
+      return new Array<number>(258).fill(0);
+    },
+  });
+  for (const prompt of ["ab", words.encode("<s>ab")]) {
+    await collectText(scripted, { prompt, tokenizer: words, maxNew: 1, temperature: 0 });
+  }
+  scripted.dispose();
+  expect(seen.at(-1)).toEqual([0, ...words.encode("ab")]);
+  expect(seen[0]?.length).toBeGreaterThan(0);
+  expect(seen.slice(0, seen.length / 2)).toEqual(seen.slice(seen.length / 2));
+});
+
 describe("stop strings", () => {
   it("end the text before them, wherever token boundaries are", async () => {
     const words = tokenizer(await trainTokenizer([""], { vocabulary: 257 }));

@@ -5,7 +5,10 @@ import { type SampleOptions, sample } from "./decoding/sample.ts";
 import type { DecodedToken, DecodingModel, DecodingRow, DecodingStrategy } from "./decoding/strategy.ts";
 import type { Tokenizer } from "./tokenizer.ts";
 
-/** Ids, or text where a tokenizer is given. At least one token. */
+/**
+ * Ids, or text where a tokenizer is given; at least one token. Text gets the special tokens that the checkpoint wants at its ends
+ * (`<s>`): what a chat template made has them already and is given as ids, `tokenizer.encode(text)`.
+ */
 export type Prompt = ArrayLike<number> | string;
 
 export interface GenerationOptions extends SampleOptions {
@@ -25,7 +28,7 @@ export interface GenerationOptions extends SampleOptions {
   readonly signal?: AbortSignal;
   /** How many of the most likely tokens to report with each token; default 0. */
   readonly topLogProbabilities?: number;
-  /** Prompt tokens per pass, to bound memory; default: the whole prompt in one. In a batch the first pass reaches into the shortest prompt. */
+  /** Prompt tokens per pass, to bound memory; default 512. In a batch the first pass reaches into the shortest prompt. */
   readonly prefillChunk?: number;
   /** false recomputes the whole sequence for each token; default true. */
   readonly cache?: boolean;
@@ -144,7 +147,9 @@ function promptIds(prompt: Prompt, tokenizer: Tokenizer | undefined, model: Deco
   const { vocabulary, context } = model;
   if (typeof prompt === "string" && !tokenizer) throw new ShapeError("generate: a text prompt needs a tokenizer");
   const ids = Array.from(
-    typeof prompt === "string" && tokenizer ? tokenizer.encode(prompt) : (prompt as ArrayLike<number>),
+    typeof prompt === "string" && tokenizer
+      ? tokenizer.encode(prompt, { addSpecial: true })
+      : (prompt as ArrayLike<number>),
   );
   if (ids.length === 0) throw new ShapeError("generate: the prompt is empty; begin with at least one token");
   const wrong = ids.find((id) => !Number.isInteger(id) || id < 0 || id >= vocabulary);

@@ -1,7 +1,7 @@
 // Comparing a model with recorded outputs of Hugging Face Transformers: a folder with a checkpoint, golden.json (prompts and what
 // followed them) and golden.safetensors (the tensors on the way). Runs wherever the package runs; only `openGolden` needs Node.
 import type { Engine, Json, Tensor } from "@switchyard/core";
-import { architectures } from "./architectures/index.ts";
+import { architectures } from "./architectures/families.ts";
 import { type OpenCheckpoint, readCheckpoint } from "./checkpoint.ts";
 import type { LanguageModel } from "./decoder.ts";
 import { folderFiles } from "./files.ts";

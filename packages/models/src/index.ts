@@ -1,6 +1,6 @@
 // The public surface of @switchyard/models.
 export { architecture, type DescribedArchitecture } from "./architectures/architecture.ts";
-export { architectures } from "./architectures/index.ts";
+export { architectures } from "./architectures/families.ts";
 export { olmoe, olmoeRefusal, type SpecialIds, writeOlmoe } from "./architectures/olmoe.ts";
 export { type SwitchyardOptions, switchyard, writeSwitchyard } from "./architectures/switchyard.ts";
 export type {
@@ -109,6 +109,13 @@ export {
   generateBatch,
   type Prompt,
 } from "./generate.ts";
+export {
+  type CheckpointPart,
+  type CheckpointSummary,
+  type InspectOptions,
+  inspectCheckpoint,
+  type LayerGroup,
+} from "./inspect.ts";
 export { type MemoryOptions, type MemoryPlan, parseBytes, planMemory, showBytes, workingBytes } from "./memory.ts";
 export type {
   Architecture,
@@ -179,6 +186,14 @@ export {
   trainTokenizer,
 } from "./tokenizer-training.ts";
 export {
+  type AnalyseOptions,
+  analyseTrace,
+  type LayerAnalysis,
+  type TraceAnalysis,
+  type TraceChunks,
+  type TransitionAnalysis,
+} from "./trace/analyse.ts";
+export {
   type CacheCounts,
   type CachePolicy,
   type CacheResult,
@@ -188,6 +203,7 @@ export {
   expertRequests,
   simulateCache,
 } from "./trace/cache-sim.ts";
+export { diffTraces, type LayerDifference, type RoutingDifference, type TraceDifference } from "./trace/diff.ts";
 export type { TraceChunk, TraceChunkLayer, TraceHeader, TraceLayer } from "./trace/format.ts";
 export { readTrace, type Trace, type TraceEnd, type TracePlace } from "./trace/reader.ts";
 export {
@@ -197,6 +213,13 @@ export {
   type TraceRecorderOptions,
   traceRecorder,
 } from "./trace/recorder.ts";
+export {
+  type TraceStretch,
+  type TraceTokens,
+  type TraceTokensOptions,
+  traceTexts,
+  traceTokens,
+} from "./trace/tokens.ts";
 export { traced } from "./trace/traced.ts";
 export { appendTrace, type TraceSink, type TraceWriter, traceFile, traceWriter } from "./trace/writer.ts";
 export { asTransformer, type Transformer, type TransformerArchitecture, transformer } from "./transformer.ts";

@@ -257,8 +257,9 @@ describe("a save killed at any operation", () => {
       await rm(folder, { recursive: true, force: true });
       await saveModel(first, folder);
       const done = await upTo(n, "kill", () => saveModel(second, folder));
-      const { model } = await loadModel(folder, { engine: on, routers });
+      const { model, close } = await loadModel(folder, { engine: on, routers });
       seen.add(model.layers);
+      await close();
       if (done) break;
     }
     expect([...seen]).toEqual([2, 3]);

@@ -6,7 +6,7 @@ import { heldInFloat32, planMemory } from "./memory.ts";
 import type { Checkpoint, ReadModelOptions } from "./model.ts";
 import { quote } from "./safetensors.ts";
 import type { Description, Piece, Source } from "./source.ts";
-import { below, checkPiece, type HostMatrix, pieceNames, readPiece, stack, upload, widen } from "./stored-matrix.ts";
+import { checkPiece, pieceNames, readSource, upload, widen } from "./stored-matrix.ts";
 import { expertStore } from "./streamed-experts.ts";
 import { checkAllUsed } from "./weights.ts";
 
@@ -40,19 +40,6 @@ export function checkDescription(checkpoint: Checkpoint, description: Descriptio
     }
   }
   checkAllUsed(checkpoint, used, ignores);
-}
-
-/** Pieces of a source in their stored type, experts stacked. */
-async function readSource(checkpoint: Checkpoint, source: Source): Promise<HostMatrix> {
-  const join = async (pieces: readonly Piece[]): Promise<HostMatrix> => {
-    const parts: HostMatrix[] = [];
-    for (const piece of pieces) parts.push(await readPiece(checkpoint, piece));
-    return below(parts);
-  };
-  if (source.kind === "whole") return join(source.pieces);
-  const experts: HostMatrix[] = [];
-  for (let e = 0; e < (source.shape[0] ?? 0); e++) experts.push(await join(source.expert(e)));
-  return stack(experts);
 }
 
 /** What routers are made from before the checkpoint's parameters take their places: drawing numbers would cost more than reading. */

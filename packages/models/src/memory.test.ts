@@ -7,11 +7,13 @@ import { dispose, type Engine, engine, UnsupportedError } from "@switchyard/core
 import { cpu } from "@switchyard/core/cpu";
 import { wasm } from "@switchyard/kernels/wasm";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { architectures } from "./architectures/index.ts";
+import { architectures } from "./architectures/families.ts";
 import { mixtral } from "./architectures/mixtral.ts";
 import { openCheckpoint } from "./checkpoint.ts";
 import type { LanguageModel } from "./decoder.ts";
-import { parseBytes, planMemory, showBytes, workingBytes } from "./memory.ts";
+import { generate } from "./generate.ts";
+import { parseBytes, planMemory, promptChunk, showBytes, workingBytes } from "./memory.ts";
+import { loudModel, smallConfig } from "./models.test-util.ts";
 import { type LoadedModel, loadModel } from "./pretrained.ts";
 import { randomCheckpoint } from "./random-checkpoint.ts";
 import { bytesSource } from "./safetensors.ts";
@@ -19,6 +21,7 @@ import type { StreamPolicy } from "./streamed-experts.ts";
 import { expertRequests, simulateCache } from "./trace/cache-sim.ts";
 import { readTrace } from "./trace/reader.ts";
 import { traceRecorder } from "./trace/recorder.ts";
+import { traced } from "./trace/traced.ts";
 
 const fixtures = fileURLToPath(new URL("../test/fixtures/", import.meta.url));
 const folders = readdirSync(fixtures).filter((name) => existsSync(join(fixtures, name, "config.json")));
@@ -107,57 +110,52 @@ describe.each(engines)("a model in less memory on %s", (_, given) => {
 });
 
 describe("a recorded trace", () => {
-  it.each(["lru", "lfu", "prefetch"] as const)(
-    "foretells the hits and the bytes of a real run: %s",
-    async (streaming) => {
-      const config = JSON.parse(readFileSync(join(fixtures, "mixtral", "config.json"), "utf8"));
-      const path = join(folder, "traced");
-      const sizes = { num_hidden_layers: 4, num_local_experts: 9, num_experts_per_tok: 2 };
-      await randomCheckpoint(
-        path,
-        { config: { ...config, ...sizes }, architecture: mixtral },
-        { dtype: "BF16", scale: 0.2 },
-      );
-      const { least, expertBytes } = await planOf(path, on);
-      for (const capacity of [0, 3, 8, 20]) {
-        const { model, close } = await loadModel(path, {
-          engine: on,
-          memory: least + capacity * expertBytes,
-          streaming,
-        });
-        const parts: Uint8Array[] = [];
-        const sink = {
-          async write(bytes: Uint8Array) {
-            parts.push(bytes);
-          },
-        };
-        const recorder = traceRecorder(sink, {
-          model: { name: "random" },
-          experts: 9,
-          expertBytes: model.streamed?.expertBytes ?? 0,
-        });
-        const cache = model.newCache(1);
-        let past = 0;
-        for (const ids of [[1, 2, 3], ...Array.from({ length: 20 }, (_, i) => [(i * 37) % 200])]) {
-          const pass = recorder.pass({ ids: [ids], past });
-          const tensor = on.tensor(Int32Array.from(ids), [1, ids.length]);
-          dispose([await model.step(tensor, { cache, trace: pass }), tensor]);
-          await pass.done();
-          past += ids.length;
-        }
-        cache.dispose();
-        await recorder.close();
-        const { header, chunks } = await readTrace(bytesSource("trace", new Uint8Array(Buffer.concat(parts))));
-        const requests = await expertRequests(header, chunks());
-        const size = { memory: capacity * expertBytes };
-        const { total } = simulateCache(header.layers, requests, { policy: streaming, size });
-        const { requests: asked, hits, prefetches, bytesRead } = total;
-        expect(model.streamed?.counts()).toEqual({ requests: asked, hits, prefetches, bytesRead });
-        if (capacity === 20) expect(hits).toBeGreaterThan(asked / 4);
-        await close();
+  // JetMoE routes attention heads, too, whose experts stay in memory.
+  const families: readonly [StreamPolicy, string, object][] = [
+    ["lru", "mixtral", { num_hidden_layers: 4, num_local_experts: 9, num_experts_per_tok: 2 }],
+    ["lfu", "mixtral", { num_hidden_layers: 4, num_local_experts: 9, num_experts_per_tok: 2 }],
+    ["prefetch", "mixtral", { num_hidden_layers: 4, num_local_experts: 9, num_experts_per_tok: 2 }],
+    ["lru", "jetmoe", { num_local_experts: 9 }],
+    ["prefetch", "jetmoe", { num_local_experts: 9 }],
+  ];
+  it.each(families)("foretells the hits and the bytes of a real run: %s, %s", async (streaming, name, sizes) => {
+    const config = { ...JSON.parse(readFileSync(join(fixtures, name, "config.json"), "utf8")), ...sizes };
+    const path = join(folder, name);
+    const architecture = architectures.find(({ modelTypes }) => modelTypes.includes(name)) ?? mixtral;
+    await randomCheckpoint(path, { config, architecture }, { dtype: "BF16", scale: 0.2 });
+    const { least, expertBytes, experts } = await planOf(path, on);
+    for (const capacity of [0, 3, 8, Math.min(20, experts - 6)]) {
+      const { model, close } = await loadModel(path, { engine: on, memory: least + capacity * expertBytes, streaming });
+      const parts: Uint8Array[] = [];
+      const sink = {
+        async write(bytes: Uint8Array) {
+          parts.push(bytes);
+        },
+      };
+      const { routing, streamed } = model;
+      const recorder = traceRecorder(sink, {
+        model: { name: "random" },
+        routing,
+        expertBytes: streamed?.expertBytes ?? 0,
+      });
+      const watched = traced(model, recorder);
+      const cache = model.newCache(1);
+      for (const ids of [[1, 2, 3], ...Array.from({ length: 20 }, (_, i) => [(i * 37) % 200])]) {
+        const tensor = on.tensor(Int32Array.from(ids), [1, ids.length]);
+        dispose([await watched.step(tensor, { cache }), tensor]);
       }
-    },
-  );
+      cache.dispose();
+      await recorder.close();
+      const { header, chunks } = await readTrace(bytesSource("trace", new Uint8Array(Buffer.concat(parts))));
+      const requests = await expertRequests(header, chunks());
+      const size = { memory: capacity * expertBytes };
+      const { total } = simulateCache(header.layers, requests, { policy: streaming, size });
+      const { requests: asked, hits, prefetches, bytesRead } = total;
+      expect(streamed?.counts()).toEqual({ requests: asked, hits, prefetches, bytesRead });
+      if (capacity > 10) expect(hits).toBeGreaterThan(asked / 4);
+      await close();
+    }
+  });
 });
 
 describe("planMemory", () => {
@@ -218,6 +216,24 @@ describe("planMemory", () => {
     await close();
     await expect(model.step(ids)).rejects.toThrow();
     ids.dispose();
+  });
+});
+
+describe("prompts", () => {
+  it("go through the model in the passes that were planned for", async () => {
+    const model = loudModel(on, { ...smallConfig, context: 700 });
+    const sizes: number[] = [];
+    const counting: LanguageModel = {
+      ...model,
+      step(ids, options) {
+        sizes.push(ids.shape[1] ?? 0);
+        return model.step(ids, options);
+      },
+    };
+    const prompt = Array.from({ length: 600 }, (_, i) => i % 13);
+    for await (const { id } of generate(counting, { prompt, maxNew: 2 })) expect(id).toBeLessThan(13);
+    expect(sizes).toEqual([promptChunk, 600 - promptChunk, 1]);
+    dispose([model.params, ...model.buffers]);
   });
 });
 

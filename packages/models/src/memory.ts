@@ -49,8 +49,8 @@ export const heldInFloat32 = (path: string, shape: readonly number[]): boolean =
 
 /** A sequence of this length is planned for, or the model's context where that is shorter. */
 const positions = 4096;
-/** As many tokens of a prompt are taken to go through the model at once. */
-const chunk = 512;
+/** Tokens of a prompt that go through the model in one pass, unless the caller wants other numbers: activations are planned for these. */
+export const promptChunk = 512;
 /** A heap of 32 bits holds 4 GB; experts that are streamed are kept outside. */
 const wasmHeap = 3.5e9;
 
@@ -111,7 +111,7 @@ function computed({ attention, feedForward }: LayerBlueprint, width: number): nu
 /** Bytes for one sequence: its cache, with room to grow, and a chunk of a prompt. */
 export function workingBytes(blueprint: Blueprint): number {
   const { layers, width, vocabulary, context } = blueprint;
-  const tokens = Math.min(chunk, context);
+  const tokens = Math.min(promptChunk, context);
   const cache = layers.reduce((n, layer) => n + cached(layer), 0) * Math.min(positions, context) * 1.5;
   const pass = layers.reduce((most, layer) => Math.max(most, computed(layer, width)), 0) * tokens;
   return Math.ceil(4 * (cache + pass + 4 * vocabulary));

@@ -12,6 +12,8 @@ export interface Checkpoint {
   stored(name: string): { readonly shape: readonly number[]; readonly dtype: string; readonly bytes: number };
   /** The tensor's bytes, or those from `from` to `to` (exclusive), in a buffer of their own. */
   read(name: string, range?: readonly [from: number, to: number]): Promise<Uint8Array>;
+  /** As many of the tensor's bytes, from byte `from` on, as `target` has, put there: for memory that is used again and again. */
+  readInto?(target: Uint8Array, name: string, from: number): Promise<void>;
 }
 
 /** Keys and values of earlier positions, and the routers' own caches, for every layer. */
@@ -60,6 +62,11 @@ export interface ForwardOptions {
    * the first real token, so that a row is computed as if it were alone. The same numbers with every call of one cache.
    */
   readonly padding?: readonly number[];
+  /**
+   * Positions `[past + sequence]` and more that the sequence will have, padding included, where this pass is a part of it: rotary
+   * positions that depend on the length (dynamic, longrope) are then those of the whole. Default: what this pass reaches.
+   */
+  readonly length?: number;
   /** Per row of the batch. */
   readonly override?: readonly (RoutingOverride | undefined)[];
   readonly trace?: RoutingTrace;

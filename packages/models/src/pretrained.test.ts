@@ -1,16 +1,19 @@
 // Saving and loading whole folders: our own layout with buffers and shared tensors, tokenizers, refusals, a save that
 // fails.
-import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { mkdtemp, readdir, readFile, readlink, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import { CheckpointError, type Engine, leaves, mul, type Tensor, type Tree } from "@switchyard/core";
 import type { RouterPlugin } from "@switchyard/core/moe";
 import { reMoE } from "@switchyard/routers/re-moe";
 import { topK } from "@switchyard/routers/top-k";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { mixtral } from "./architectures/mixtral.ts";
 import { openCheckpoint } from "./checkpoint.ts";
+import { planMemory } from "./memory.ts";
 import { loadSaved, loudModel, makeEngine, plainTopK, readAll, smallConfig } from "./models.test-util.ts";
-import { saveModel } from "./pretrained.ts";
+import { loadModel, saveModel } from "./pretrained.ts";
 import { tokenizer } from "./tokenizer.ts";
 import { trainTokenizer } from "./tokenizer-training.ts";
 import type { Transformer } from "./transformer.ts";
@@ -111,7 +114,7 @@ describe("our own layout", () => {
     ["no router", { router: null }, /router is missing/],
     ["an unknown norm", { qkNorm: "both" }, /qkNorm is "both"/],
     ["fewer layers than weights", { layers: 1 }, /does not call for/],
-    ["another family", { model_type: "llama" }, /model_type is "llama"; this version loads olmoe, switchyard/],
+    ["another family", { model_type: "llama" }, /model_type is "llama"; this version loads mixtral, .*switchyard$/],
   ])("refuses %s and frees what was read", async (_, change, message) => {
     await saveModel(loudModel(on, smallConfig), folder);
     const path = join(folder, "config.json");
@@ -207,5 +210,31 @@ describe("folders", () => {
       /the tokenizer has 258 ids, the model only 13/,
     );
     expect(await readdir(folder)).toEqual([]);
+  });
+});
+
+describe.skipIf(process.platform !== "linux")("files of a checkpoint", () => {
+  const path = fileURLToPath(new URL("../test/fixtures/mixtral", import.meta.url));
+  const open = async (): Promise<number> => {
+    const handles = await readdir("/proc/self/fd");
+    const targets = await Promise.all(handles.map((fd) => readlink(`/proc/self/fd/${fd}`).catch(() => "")));
+    return targets.filter((target) => target.startsWith(path)).length;
+  };
+
+  it("stay open only for experts that are streamed, until the model is closed", async () => {
+    const resident = await loadModel(path, { engine: on });
+    expect(await open()).toBe(0);
+    await resident.close();
+    const checkpoint = await openCheckpoint(path);
+    const { least: memory } = planMemory(on, checkpoint, mixtral.describe(checkpoint));
+    await checkpoint.close();
+    const streamed = await loadModel(path, { engine: on, memory });
+    expect(streamed.model.streamed).toBeDefined();
+    expect(await open()).toBeGreaterThan(0);
+    await streamed.close();
+    expect(await open()).toBe(0);
+    await expect(loadModel(path, { engine: on, memory: 1 })).rejects.toThrow(/needs .* of memory/);
+    expect(await open()).toBe(0);
+    expect(on.live()).toBe(0);
   });
 });

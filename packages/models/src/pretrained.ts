@@ -2,7 +2,7 @@
 // not.
 import { CheckpointError, dispose, type Engine, type Json, ShapeError } from "@switchyard/core";
 import type { RouterPlugin } from "@switchyard/core/moe";
-import { architectures } from "./architectures/index.ts";
+import { architectures } from "./architectures/families.ts";
 import { olmoeRefusal, type SpecialIds, writeOlmoe } from "./architectures/olmoe.ts";
 import { switchyard, writeSwitchyard } from "./architectures/switchyard.ts";
 import { type ChatTemplate, readChatTemplate } from "./chat-template.ts";
@@ -116,7 +116,10 @@ export async function loadModel(folder: string, options: OpenOptions): Promise<L
   const { followLinks = false, ...rest } = options;
   const checkpoint = await openCheckpoint(folder, { followLinks });
   try {
-    return await readModel(checkpoint, rest, folder);
+    const loaded = await readModel(checkpoint, rest, folder);
+    // What is in memory needs its files no longer.
+    if (!loaded.model.streamed) await checkpoint.close();
+    return loaded;
   } catch (error) {
     await checkpoint.close();
     throw error;

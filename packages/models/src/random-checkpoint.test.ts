@@ -5,7 +5,7 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { CheckpointError, dispose, type Json } from "@switchyard/core";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { architectures } from "./architectures/index.ts";
+import { architectures } from "./architectures/families.ts";
 import { mixtral } from "./architectures/mixtral.ts";
 import { openCheckpoint } from "./checkpoint.ts";
 import { makeEngine } from "./models.test-util.ts";
@@ -47,6 +47,13 @@ const hashes = (path: string): Record<string, string> =>
           .digest("hex"),
       ]),
   );
+
+const packed = (bits: number, more: object) =>
+  ({
+    quant_method: "compressed-tensors",
+    format: "pack-quantized",
+    config_groups: { group_0: { targets: ["Linear"], weights: { num_bits: bits, ...more } } },
+  }) as const;
 
 describe("randomCheckpoint", () => {
   it.each(folders)("has the tensors of a real checkpoint of %s, and runs", async (name) => {
@@ -161,6 +168,8 @@ describe("randomCheckpoint", () => {
   it.each([
     ["fp8", { quant_method: "fp8", weight_block_size: [64, 128] }, [300, 400], {}],
     ["mxfp4", { quant_method: "mxfp4" }, [64, 320], { index: 1, of: 8, transposed: true }],
+    ["int8", packed(8, { strategy: "channel" }), [300, 401], {}],
+    ["int4", packed(4, { group_size: 32 }), [300, 416], {}],
   ] as const)("quantised matrices stand for such numbers: %s", async (_, quantization, shape, more) => {
     const config = { quantization_config: quantization };
     const tensors = randomTensors(config, describing(shape, more), { scale: 0.05 });
@@ -198,12 +207,14 @@ describe("randomCheckpoint", () => {
     await expect(write(config, { scale: 0 })).rejects.toThrow(/scale is 0/);
     await expect(write(config, { seed: 0.5 })).rejects.toThrow(/seed is 0.5/);
     await expect(write(config, { shardBytes: 0 })).rejects.toThrow(/shardBytes is 0/);
-    await expect(write({ ...config, quantization_config: { quant_method: "awq" } })).rejects.toThrow(
-      /quant_method is "awq"/,
-    );
+    for (const wrong of [{ quant_method: "awq" }, { quant_method: "fp8", weight_block_size: null }, packed(6, {})]) {
+      await expect(write({ ...config, quantization_config: wrong })).rejects.toThrow(
+        new RegExp(`quant_method "${wrong.quant_method}".*; random weights are written as floats`),
+      );
+    }
     expect(existsSync(path)).toBe(false);
-    expect(() => randomTensors({ quantization_config: { quant_method: "fp8" } }, describing([4, 4]))).toThrow(
-      /weight_block_size is null/,
+    expect(() => randomTensors({ quantization_config: packed(4, { group_size: 32 }) }, describing([4, 48]))).toThrow(
+      /rows of 48 numbers, which groups of 32 do not divide/,
     );
     expect(() =>
       randomTensors({ quantization_config: { quant_method: "mxfp4" } }, describing([4, 33], { index: 0, of: 2 })),

@@ -1,12 +1,12 @@
 // Checkpoints of random weights in the Hugging Face layout, of any architecture and any size: for tests, for measuring, and for
 // trying a configuration before there are weights. Nothing in them is trained.
 import { CheckpointError, type Json } from "@switchyard/core";
-import { isRecord } from "./checkpoint.ts";
 import { ConfigReader } from "./config-reader.ts";
 import { fromFloat32 } from "./narrow.ts";
 import { maximumTensors, quote, type TensorSource } from "./safetensors.ts";
 import { type SaveCheckpointOptions, type SavedCheckpoint, saveCheckpoint } from "./save-checkpoint.ts";
 import type { CheckpointIndex, Description, Piece, Source } from "./source.ts";
+import { quantizationOf } from "./stored/quantization-config.ts";
 
 export interface RandomCheckpointOptions extends SaveCheckpointOptions {
   /** Default 0. A tensor depends on the seed, its name and its size only. */
@@ -90,9 +90,16 @@ const e4m3 = nearest(
 );
 const e2m1 = nearest([0, 0.5, 1, 1.5, 2, 3, 4, 6], 8);
 
-/** N(0, 1) times these is what the codes of fp8 and MXFP4 hold: the largest numbers come near the largest codes. */
+/** N(0, 1) times these is what codes hold: the largest numbers come near the largest codes. */
 const fp8Spread = 64;
 const mxfp4Spread = 1.5;
+const intSpread = { 4: 2.4, 8: 32 } as const;
+
+/** Bytes of two codes of four bits each, for every pair of 256 quantiles. */
+function pairs(code: (x: number) => number): Uint8Array {
+  const codes = Uint8Array.from(quantiles(256), code);
+  return Uint8Array.from({ length: 65_536 }, (_, i) => (codes[i & 255] as number) | ((codes[i >> 8] as number) << 4));
+}
 
 /** Tables made when they are first needed. */
 function tables(scale: number, seed: number) {
@@ -121,28 +128,29 @@ function tables(scale: number, seed: number) {
         seed,
         name,
       ),
-    /** Scales that make N(0, scale) of the codes, each block's between half and three halves of that. */
-    fp8Scales: (name: string, count: number): Uint8Array =>
-      bytesOf(
-        drawn(
-          table("fp8 scales", () =>
-            Float32Array.from({ length: size }, (_, i) => (scale / fp8Spread) * (0.5 + i / size)),
-          ),
-          new Float32Array(count),
-          seed,
-          name,
-        ),
-      ),
+    /** Scales that make N(0, scale) of codes of N(0, spread), each between half and three halves of that. */
+    scales(
+      name: string,
+      { count, dtype, spread }: { readonly count: number; readonly dtype: string; readonly spread: number },
+    ): Uint8Array {
+      const values = (): Float32Array =>
+        Float32Array.from({ length: size }, (_, i) => (scale / spread) * (0.5 + i / size));
+      if (dtype === "F32")
+        return bytesOf(drawn(table(`scales ${spread}`, values), new Float32Array(count), seed, name));
+      const stored = table(`scales ${spread} ${dtype}`, () => new Uint16Array(fromFloat32(values(), dtype).buffer));
+      return bytesOf(drawn(stored, new Uint16Array(count), seed, name));
+    },
+    /** Ints of N(0, intSpread) as compressed-tensors packs them: plus half their range, the first in the lowest bits. */
+    packed(name: string, bytes: number, bits: 4 | 8): Uint8Array {
+      const half = 2 ** (bits - 1);
+      const code = (x: number): number => Math.max(0, Math.min(2 * half - 1, Math.round(intSpread[bits] * x) + half));
+      const wide = (): Uint8Array => Uint8Array.from(quantiles(size), code);
+      return drawn(table(`ints ${bits}`, bits === 8 ? wide : () => pairs(code)), new Uint8Array(bytes), seed, name);
+    },
     /** Pairs of E2M1 codes of N(0, mxfp4Spread). */
     mxfp4(name: string, bytes: number): Uint8Array {
-      const pairs = table("mxfp4", () => {
-        const codes = Uint8Array.from(quantiles(256), (x) => e2m1(mxfp4Spread * x));
-        return Uint8Array.from(
-          { length: size },
-          (_, i) => (codes[i & 255] as number) | ((codes[i >> 8] as number) << 4),
-        );
-      });
-      return drawn(pairs, new Uint8Array(bytes), seed, name);
+      const made = table("mxfp4", () => pairs((x) => e2m1(mxfp4Spread * x)));
+      return drawn(made, new Uint8Array(bytes), seed, name);
     },
     /** Exponents beside the one that makes N(0, scale) of the codes, or that one. */
     mxfp4Scales(name: string, count: number): Uint8Array {
@@ -205,33 +213,36 @@ const isBuffer = /\.buffers\./;
 const product = (shape: readonly number[]): number => shape.reduce((n, d) => n * d, 1);
 const blocks = (n: number, block: number): number => Math.ceil(n / block);
 
-/** How config.json says that matrices are stored. Throws CheckpointError for ways this file does not write. */
-function quantization(config: {
-  readonly [key: string]: Json;
-}): undefined | { readonly kind: "fp8"; readonly rows: number; readonly columns: number } | { readonly kind: "mxfp4" } {
-  const found = config.quantization_config;
-  if (found === undefined || found === null) return undefined;
-  const method = isRecord(found) ? found.quant_method : undefined;
-  if (!isRecord(found) || (method !== "fp8" && method !== "mxfp4")) {
-    throw new CheckpointError(
-      `randomCheckpoint: quantization_config.quant_method is ${JSON.stringify(method ?? null)}; random weights are written ` +
-        "as floats (no quantization_config), fp8 and mxfp4",
-    );
-  }
+/** How matrices are stored; groups and blocks may be larger than a matrix. */
+type How =
+  | { readonly kind: "floats" | "mxfp4" }
+  | { readonly kind: "fp8"; readonly rows: number; readonly group: number }
+  | { readonly kind: "packed"; readonly bits: 4 | 8; readonly group: number };
+
+/** What config.json says about that. Throws CheckpointError for ways this file does not write. */
+function quantization(config: { readonly [key: string]: Json }): How {
+  const { method, format, schemes } = quantizationOf(config);
+  const [scheme, ...more] = schemes;
+  if (method === "none") return { kind: "floats" };
   if (method === "mxfp4") return { kind: "mxfp4" };
-  const size = found.weight_block_size;
-  const [rows, columns] = Array.isArray(size) ? size : [];
-  const whole = (x: Json | undefined): x is number => typeof x === "number" && Number.isSafeInteger(x) && x > 0;
-  if (!whole(rows) || !whole(columns)) {
-    const shown = JSON.stringify(size ?? null);
-    throw new CheckpointError(`randomCheckpoint: weight_block_size is ${shown}, expected two whole numbers from 1`);
+  if (method === "fp8" && scheme && Number.isFinite(scheme.rows + scheme.group)) {
+    return { kind: "fp8", rows: scheme.rows, group: scheme.group };
   }
-  return { kind: "fp8", rows, columns };
+  if (method === "compressed-tensors" && format === "pack-quantized" && scheme && more.length === 0) {
+    const { type, bits, symmetric, rows, group } = scheme;
+    if (type === "int" && symmetric && rows === 1 && (bits === 4 || bits === 8)) return { kind: "packed", bits, group };
+  }
+  throw new CheckpointError(
+    `randomCheckpoint: quantization_config says quant_method ${quote(method)}${format === undefined ? "" : `, format ${quote(format)}`}; ` +
+      "random weights are written as floats (no quantization_config), fp8 in blocks, mxfp4, and symmetric pack-quantized ints of " +
+      "4 or 8 bits of compressed-tensors",
+  );
 }
 
 /**
  * The tensors of a random checkpoint, each made when its bytes are asked for. `description` is what an architecture makes of
- * `config`; where config.json has a quantization_config (fp8 with weight_block_size, mxfp4), matrices are stored that way.
+ * `config`; where config.json has a quantization_config (fp8 in blocks, mxfp4, pack-quantized ints of compressed-tensors), matrices
+ * are stored that way.
  * Throws CheckpointError for another kind of quantisation.
  */
 export function randomTensors(
@@ -248,19 +259,51 @@ export function randomTensors(
   const random = tables(scale, seed);
   return storedTensors(description).flatMap(({ name, shape, transposed, stacked, path }): TensorSource[] => {
     const matrix = shape.length === (stacked ? 3 : 2) && !neverQuantized.test(path);
-    if (how?.kind === "fp8" && matrix && !stacked) {
-      const scales = [blocks(shape[0] ?? 0, how.rows), blocks(shape[1] ?? 0, how.columns)];
+    if (how.kind === "fp8" && matrix && !stacked) {
+      const scales = [blocks(shape[0] ?? 0, how.rows), blocks(shape[1] ?? 0, how.group)];
       return [
         { name, dtype: "F8_E4M3", shape, bytes: () => random.fp8(name, product(shape)) },
         {
           name: `${name}_scale_inv`,
           dtype: "F32",
           shape: scales,
-          bytes: () => random.fp8Scales(`${name}_scale_inv`, product(scales)),
+          bytes: () => random.scales(`${name}_scale_inv`, { count: product(scales), dtype: "F32", spread: fp8Spread }),
         },
       ];
     }
-    if (how?.kind === "mxfp4" && matrix && stacked) {
+    if (how.kind === "packed" && matrix && !stacked) {
+      const [out = 0, inner = 0] = shape;
+      const { bits, group } = how;
+      if (group < inner && inner % group !== 0) {
+        throw new CheckpointError(
+          `randomCheckpoint: ${quote(name)} has rows of ${inner} numbers, which groups of ${group} do not divide`,
+        );
+      }
+      const words = [out, Math.ceil(inner / (32 / bits))];
+      const scales = [out, blocks(inner, Math.min(group, inner))];
+      const spread = intSpread[bits];
+      return [
+        {
+          name: `${name}_packed`,
+          dtype: "I32",
+          shape: words,
+          bytes: () => random.packed(`${name}_packed`, 4 * product(words), bits),
+        },
+        {
+          name: `${name}_scale`,
+          dtype,
+          shape: scales,
+          bytes: () => random.scales(`${name}_scale`, { count: product(scales), dtype, spread }),
+        },
+        {
+          name: `${name}_shape`,
+          dtype: "I64",
+          shape: [2],
+          bytes: () => new Uint8Array(BigInt64Array.of(BigInt(out), BigInt(inner)).buffer),
+        },
+      ];
+    }
+    if (how.kind === "mxfp4" && matrix && stacked) {
       const [experts = 0, first = 0, second = 0] = shape;
       const [out, inner] = transposed ? [second, first] : [first, second];
       if (inner % 32 !== 0) {

@@ -23,7 +23,7 @@ export interface Rotary {
   /**
    * Sequences longer than this have other frequencies than shorter ones (dynamic, longrope); undefined: all have the same.
    * Keys in a cache keep the angles they were stored with, as in Hugging Face Transformers: past this length a run with a
-   * cache differs from one without.
+   * cache differs from one without. Generation fills the cache anew where a text outgrows longrope's, as its Phi classes do.
    */
   readonly changesAfter: number | undefined;
   /**
@@ -51,6 +51,9 @@ export interface RotaryOptions {
   /** Name of the record in errors, default "rope_scaling". In "rope_parameters" a type may be missing. */
   readonly key?: string;
 }
+
+/** More channels than any model has: tables are made for them before a checkpoint's tensors are looked at. */
+export const maximumHead = 65_536;
 
 const ropeTypes = ["default", "linear", "dynamic", "yarn", "llama3", "longrope"] as const;
 type RopeType = (typeof ropeTypes)[number];
@@ -145,6 +148,7 @@ class Reader extends ConfigReader {
 export function rotary(record: Json | undefined, options: RotaryOptions): Rotary {
   const { headSize, interleaved = false, maxPositions, originalPositions, key = "rope_scaling" } = options;
   lengthCheck("headSize", headSize);
+  if (headSize > maximumHead) throw new ShapeError(`rotary: headSize is ${headSize}, more than ${maximumHead}`);
   lengthCheck("maxPositions", maxPositions);
   lengthCheck("originalPositions", originalPositions);
   if (record !== undefined && record !== null && (typeof record !== "object" || Array.isArray(record))) {
@@ -322,17 +326,22 @@ function longrope(from: Reader, known: Known): Pick<Rotary, "at" | "changesAfter
 
 /**
  * Cosines and sines `[positions, size / 2]`, scaling included, of the positions `past` to `past + positions - 1`: one pass
- * over so many new positions. Throws ShapeError for counts that are not whole numbers from 0.
+ * over so many new positions, of a sequence of `length` (default: as far as this pass goes). Throws ShapeError for counts that
+ * are not whole numbers from 0.
  */
 export function ropeTables(
   { at, size }: Pick<Rotary, "at" | "size">,
-  { past = 0, positions }: { readonly past?: number; readonly positions: number },
+  {
+    past = 0,
+    positions,
+    length = past + positions,
+  }: { readonly past?: number; readonly positions: number; readonly length?: number },
 ): { readonly cos: Float64Array; readonly sin: Float64Array } {
   if (!(Number.isSafeInteger(past) && Number.isSafeInteger(positions) && past >= 0 && positions >= 0)) {
     throw new ShapeError(`ropeTables: past is ${past} and positions ${positions}, expected whole numbers from 0`);
   }
   const half = size / 2;
-  const { inverse, scaling } = at(past + positions);
+  const { inverse, scaling } = at(length);
   const cos = new Float64Array(positions * half);
   const sin = new Float64Array(positions * half);
   for (let i = 0; i < cos.length; i++) {

@@ -10,6 +10,8 @@ export interface ByteSource {
   readonly size: number;
   /** Bytes `from` to `to` (exclusive) in a fresh buffer of its own, so that it can be viewed as any element type. */
   read(from: number, to: number): Promise<Uint8Array>;
+  /** The same for as many bytes as `target` has, put there: for memory that is used again and again. */
+  readInto?(target: Uint8Array, from: number): Promise<void>;
   close?(): Promise<void>;
 }
 
@@ -415,6 +417,17 @@ const halfToFloat = (half: number): number => {
   return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
 };
 
+let halves: Float32Array | undefined;
+
+/** By a table of all halves, made when it is first needed. */
+function widenedHalves(stored: Uint16Array): Float32Array {
+  halves ??= Float32Array.from({ length: 1 << 16 }, (_, half) => halfToFloat(half));
+  const table = halves;
+  const result = new Float32Array(stored.length);
+  for (let i = 0; i < stored.length; i++) result[i] = table[stored[i] as number] as number;
+  return result;
+}
+
 /**
  * Widens stored floats to f32. `bytes` must start at a multiple of the element size (reads always do).
  * Throws CheckpointError for a dtype that is not F32, F16, BF16 or F64.
@@ -433,7 +446,7 @@ export function toFloat32(bytes: Uint8Array, dtype: string, name: string): Float
       return new Float32Array(bits.buffer);
     }
     case "F16":
-      return Float32Array.from(new Uint16Array(buffer, at, length / 2), halfToFloat);
+      return widenedHalves(new Uint16Array(buffer, at, length / 2));
     default:
       throw new CheckpointError(`tensor ${quote(name)} is stored as ${dtype}; expected F32, F16, BF16 or F64`);
   }

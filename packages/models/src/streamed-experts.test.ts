@@ -6,6 +6,7 @@ import {
   dispose,
   type Engine,
   engine,
+  type Json,
   type Tensor,
   takeRows,
 } from "@switchyard/core";
@@ -15,7 +16,7 @@ import { wasm } from "@switchyard/kernels/wasm";
 import { afterAll, describe, expect, it } from "vitest";
 import type { ByteSource } from "./safetensors.ts";
 import { type Sample, type SampleOptions, sample } from "./streamed-experts.test-util.ts";
-import { type ExpertStoreOptions, expertStore } from "./streamed-experts.ts";
+import { type ExpertStoreOptions, expertStore, expertsOnTheWay } from "./streamed-experts.ts";
 import { type CachePolicy, type ExpertRequest, simulateCache } from "./trace/cache-sim.ts";
 
 const backends = await Promise.all([wasm({ threads: 1 }), wasm({ threads: 2 })]);
@@ -60,12 +61,19 @@ const storeOf = (from: Sample, on: Engine, more: Partial<ExpertStoreOptions> = {
 
 const fp8 = { quant_method: "fp8", weight_block_size: [16, 32] };
 const mxfp4 = { quant_method: "mxfp4" };
+const packed = (bits: number, more: { readonly [key: string]: Json }): { readonly [key: string]: Json } => ({
+  quant_method: "compressed-tensors",
+  format: "pack-quantized",
+  config_groups: { group_0: { weights: { num_bits: bits, ...more } } },
+});
 const forms: readonly [string, SampleOptions][] = [
   ["F32", { dtype: "F32" }],
   ["BF16", { dtype: "BF16" }],
   ["F16", { dtype: "F16" }],
   ["fp8", { quantization: fp8 }],
   ["MXFP4", { quantization: mxfp4, stacked: true, width: 64, hidden: 32, bias: true }],
+  ["int8", { quantization: packed(8, { strategy: "channel" }) }],
+  ["int4", { quantization: packed(4, { group_size: 8 }) }],
   [
     "stacked, biases",
     { dtype: "BF16", stacked: true, bias: true, activation: { kind: "clamped", limit: 7, alpha: 1.7 } },
@@ -201,6 +209,28 @@ describe("the cache of streamed experts", () => {
     // Two experts of three matrices each are read at a time.
     expect(most).toBe(6);
     await store.close();
+  });
+
+  it("reads into the same buffers again and again", async () => {
+    const given = await sample({ layers, experts: 11, width: 16, hidden: 8, dtype: "BF16" });
+    const buffers = new Set<ArrayBufferLike>();
+    const checkpoint = {
+      ...given.checkpoint,
+      readInto(target: Uint8Array, name: string, from: number) {
+        buffers.add(target.buffer);
+        return given.checkpoint.readInto?.(target, name, from) ?? Promise.reject(new Error("no readInto"));
+      },
+    };
+    for (const policy of ["lru", "prefetch"] as const) {
+      buffers.clear();
+      const store = storeOf(given, on, { checkpoint, capacity: 4, policy });
+      await run(given, store, 12);
+      expect(store.counts().bytesRead / store.expertBytes).toBeGreaterThan(60);
+      // Those kept, two that are read, and one that computes.
+      expect(buffers.size).toBeLessThanOrEqual(4 + expertsOnTheWay);
+      expect(buffers.size).toBeGreaterThanOrEqual(4);
+      await store.close();
+    }
   });
 
   it("serves passes that run at the same time", async () => {

@@ -4,11 +4,19 @@
 import { concat, type Engine, ShapeError, slice, type Tensor, type Tree, UnsupportedError } from "@switchyard/core";
 import type { Experts } from "@switchyard/core/moe";
 import type { MoEFeedForward } from "./blueprint.ts";
+import {
+  type ExpertSource,
+  type ExpertSources,
+  type HostExpert,
+  plainExpert,
+  readExpert,
+  readPlain,
+} from "./expert-bytes.ts";
 import { type ExpertLoad, expertCache, expertPredictor, lfu, lru } from "./expert-cache.ts";
 import { expertSet } from "./feed-forward.ts";
 import type { Checkpoint } from "./model.ts";
-import type { CheckpointIndex, Description, Source } from "./source.ts";
-import { below, checkPiece, type HostMatrix, nodeKey, planUpload, readPiece, upload, widen } from "./stored-matrix.ts";
+import type { CheckpointIndex, Description } from "./source.ts";
+import { checkPiece, nodeKey, planUpload, upload, widen } from "./stored-matrix.ts";
 
 /** How the experts to keep are chosen; "prefetch" is LRU that also loads what the next layer will probably want. */
 export type StreamPolicy = "lru" | "lfu" | "prefetch";
@@ -57,14 +65,11 @@ const readsAhead = 2;
 /** Experts that may be in memory beside those that are kept: those being read, and the one that computes. */
 export const expertsOnTheWay: number = readsAhead + 1;
 
-type ExpertSource = Extract<Source, { kind: "experts" }>;
-
 /** The experts of one layer. */
 export interface StreamedLayer {
   readonly layer: number;
   readonly count: number;
-  /** By name: gateUp, down and, with biases, theirs. */
-  readonly sources: ReadonlyMap<string, ExpertSource>;
+  readonly sources: ExpertSources;
   /** Matrices whose experts are not all stored alike: they are widened to f32, as a stack of them would be. */
   readonly uneven: ReadonlySet<string>;
   /** Bytes of the largest expert: as it is kept, and on the device. */
@@ -115,7 +120,14 @@ export function streamedLayers(
   });
 }
 
-type HostExpert = ReadonlyMap<string, HostMatrix>;
+/** An expert in memory or on its way there. */
+interface Entry {
+  readonly host: Promise<HostExpert>;
+  /** Where its bytes are, if they stand there as in the file. */
+  readonly buffer?: ArrayBuffer;
+  /** The cache, and passes that wait for it: when none is left, the buffer serves another. */
+  holders: number;
+}
 
 /** Rows from..to of expert e. */
 interface Block {
@@ -153,39 +165,59 @@ export function expertStore(options: ExpertStoreOptions): ExpertStore {
   const expertBytes = layers.reduce((most, { bytes }) => Math.max(most, bytes), 0);
   const cache = expertCache({ capacity, policy: policy === "lfu" ? lfu() : lru() });
   /** What is kept or on its way: the ids that `cache` holds, between any two steps. */
-  const kept = new Map<number, Promise<HostExpert>>();
+  const kept = new Map<number, Entry>();
+  /** Buffers that no expert needs, for the next ones. */
+  let free: ArrayBuffer[] = [];
   const predictors = layers.map(() => expertPredictor());
   const latest = layers.map(() => 0);
   let before: { readonly place: number; readonly ids: readonly number[] } | undefined;
   const counts = { requests: 0, hits: 0, prefetches: 0, loads: 0 };
   const underWay = new Set<Promise<unknown>>();
+  /** Most bytes that an expert needs in a buffer: matrices begin at multiples of four. */
+  const bufferBytes = expertBytes + 16;
   let closed = false;
 
-  const read = async (id: number): Promise<HostExpert> => {
-    const layer = layers[Math.floor(id / stride)];
-    const matrices = Array.from(layer?.sources ?? [], async ([name, source]): Promise<[string, HostMatrix]> => {
-      const pieces = source.expert(id % stride);
-      return [name, below(await Promise.all(pieces.map((piece) => readPiece(checkpoint, piece))))];
-    });
-    return new Map(await Promise.all(matrices));
+  const hold = (entry: Entry): Entry => {
+    entry.holders++;
+    return entry;
   };
-  /** Carries a load out: what leaves goes now, what comes is there as a promise. */
-  const begin = ({ id, evict, kept: stays }: ExpertLoad): Promise<HostExpert> => {
+  const drop = (entry: Entry | undefined): void => {
+    if (!entry || --entry.holders > 0 || !entry.buffer) return;
+    const { host, buffer } = entry;
+    const release = (): void => {
+      if (!closed) free.push(buffer);
+    };
+    host.then(release, release);
+  };
+  const leave = (id: number): void => {
+    drop(kept.get(id));
+    kept.delete(id);
+  };
+  const reading = (id: number): Pick<Entry, "host" | "buffer"> => {
+    const { sources = new Map() } = layers[Math.floor(id / stride)] ?? {};
+    const plain = plainExpert(checkpoint, sources, id % stride);
+    if (!plain) return { host: readExpert(checkpoint, sources, id % stride) };
+    const buffer = free.pop() ?? new ArrayBuffer(bufferBytes);
+    return { host: readPlain(checkpoint, plain, buffer), buffer };
+  };
+  /** Carries a load out, for one who waits: what leaves goes now, what comes is there as a promise. */
+  const begin = ({ id, evict, kept: stays }: ExpertLoad): Entry => {
     counts.loads++;
-    if (evict !== undefined) kept.delete(evict);
-    const reading = read(id);
-    if (stays) kept.set(id, reading);
-    underWay.add(reading);
-    const done = (): boolean => underWay.delete(reading);
-    reading.then(done, () => {
+    if (evict !== undefined) leave(evict);
+    const entry: Entry = { ...reading(id), holders: 1 };
+    if (stays) kept.set(id, hold(entry));
+    const { host } = entry;
+    underWay.add(host);
+    const done = (): boolean => underWay.delete(host);
+    host.then(done, () => {
       done();
       // The cache must not believe that it holds what never came; who waits for it gets the error.
-      if (kept.get(id) === reading) {
-        kept.delete(id);
+      if (kept.get(id) === entry) {
+        leave(id);
         cache.forget(id);
       }
     });
-    return reading;
+    return entry;
   };
 
   const parameters = (host: HostExpert, uneven: ReadonlySet<string>): Tree =>
@@ -223,28 +255,36 @@ export function expertStore(options: ExpertStoreOptions): ExpertStore {
         }),
       );
     };
-    const reading: (Promise<HostExpert> | undefined)[] = [];
+    // Held until they have run: a load may take the place of one that waits for its turn.
+    const waiting = hits.map((id) => kept.get(id)).map((entry) => entry && hold(entry));
+    const coming: (Entry | undefined)[] = [];
     const start = (i: number): void => {
       const load = loads[i];
-      if (load) reading[i] = begin(load);
+      if (load) coming[i] = begin(load);
     };
     try {
-      // Held here until they have run: a load may take the place of one that waits for its turn.
-      const waiting = hits.map((id) => kept.get(id));
       for (let i = 0; i < readsAhead; i++) start(i);
       for (const [i, id] of hits.entries()) {
-        const host = waiting[i];
+        const host = await waiting[i]?.host.catch(() => undefined);
+        if (host) run(id, host);
+        else {
+          // It was loaded ahead, and that failed: it is read once more.
+          drop(waiting[i]);
+          waiting[i] = begin({ id, kept: false });
+          run(id, await (waiting[i] as Entry).host);
+        }
+        drop(waiting[i]);
         waiting[i] = undefined;
-        // One that was loaded ahead may have failed: then it is read again, and that counts.
-        run(id, await (host ?? begin({ id, kept: false })).catch(() => begin({ id, kept: false })));
       }
       for (const [i, { id }] of loads.entries()) {
-        const host = await (reading[i] as Promise<HostExpert>);
-        reading[i] = undefined;
+        const entry = coming[i] as Entry;
+        const host = await entry.host;
         start(i + readsAhead);
         run(id, host);
+        drop(entry);
+        coming[i] = undefined;
       }
-      for (const load of ahead) begin(load);
+      for (const load of ahead) drop(begin(load));
       const filled = blocks.at(-1)?.to ?? 0;
       const [only] = outputs.size === 1 && filled === n ? outputs : [];
       if (only) {
@@ -258,10 +298,11 @@ export function expertStore(options: ExpertStoreOptions): ExpertStore {
         return concat(parts, 0); // [n, width]
       });
     } catch (error) {
-      await Promise.allSettled(reading);
+      await Promise.allSettled(coming.map((entry) => entry?.host));
       repair([...loads, ...ahead]);
       throw error;
     } finally {
+      for (const entry of [...waiting, ...coming]) drop(entry);
       for (const output of outputs.values()) output.dispose();
     }
   }
@@ -269,7 +310,7 @@ export function expertStore(options: ExpertStoreOptions): ExpertStore {
   /** After a failure: what was decided and not carried out is undone. */
   function repair(loads: readonly ExpertLoad[]): void {
     for (const { id } of loads) if (cache.has(id) && !kept.has(id)) cache.forget(id);
-    for (const id of kept.keys()) if (!cache.has(id)) kept.delete(id);
+    for (const id of kept.keys()) if (!cache.has(id)) leave(id);
   }
 
   /** Decides what to load for the next layer: as many experts as it wanted last time, those that followed these most often. */
@@ -329,6 +370,7 @@ export function expertStore(options: ExpertStoreOptions): ExpertStore {
       await last;
       await Promise.allSettled(underWay);
       kept.clear();
+      free = [];
     },
   };
 }

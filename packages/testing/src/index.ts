@@ -1,5 +1,12 @@
 // The public surface of @switchyard/testing.
 export {
+  type ArchitectureCache,
+  type ArchitectureCase,
+  type ArchitectureModel,
+  type ArchitectureSuite,
+  architectureCases,
+} from "./architecture-cases.ts";
+export {
   assertClose,
   bytes,
   floats,
@@ -18,6 +25,7 @@ export type { WeightRule } from "./router-answer.ts";
 export { type RouterCase, type RouterSizes, type RouterSuite, routerCases } from "./router-cases.ts";
 export { type RouterCall, routerContext, routerInput } from "./router-input.ts";
 export type { Skip } from "./skip.ts";
+export { testArchitecture } from "./test-architecture.ts";
 export { type BackendSuite, testBackend } from "./test-backend.ts";
 export { testExperts } from "./test-experts.ts";
 export { testRouter } from "./test-router.ts";

@@ -138,6 +138,10 @@ describe("deepseek_v2's config", () => {
     [{ moe_layer_freq: 0 }, /"moe_layer_freq" is "0", expected a whole number from 1/],
     [{ qk_rope_head_dim: 5 }, /turns 5 of 5 channels/],
     [{ hidden_act: "mish" }, /"hidden_act" is "mish"/],
+    [
+      { rope_scaling: { rope_type: "linear", factor: 2, mscale_all_dim: 1 } },
+      /"mscale_all_dim" is given for rotary positions of type "linear"; it is known for "yarn" only/,
+    ],
   ])("refuses %o", (change, message) => {
     expect(() => deepSeekV2.describe(anyIndex({ ...config, ...change }))).toThrow(message);
   });

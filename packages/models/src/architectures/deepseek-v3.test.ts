@@ -5,6 +5,7 @@ import { describe, expect, it } from "vitest";
 import { makeEngine } from "../models.test-util.ts";
 import { expectModel, type NaiveCheckpoint, naiveCheckpoint, type Row } from "../naive-attention.test-util.ts";
 import { anyIndex } from "../naive-decoder.test-util.ts";
+import { leaf } from "../tree.ts";
 import {
   deepSeekSizes,
   inBestGroups,
@@ -112,6 +113,22 @@ describe("deepseek_v3 equals the formulas", () => {
     const rope_parameters = { rope_type: "yarn", rope_theta: 30, ...record };
     await expectModel(deepSeekV3, { ...config, rope_theta: null, rope_parameters }, naive);
   });
+});
+
+it("moves the correction bias of each router by its own loads, dense layers left out", async () => {
+  const on = makeEngine();
+  const read = await deepSeekV3.read(naiveCheckpoint(config, naiveDeepSeek(model)), on);
+  expect(read.routers.length).toBe(2);
+  const statistics = read.routers.map((_, place) => ({
+    ...{ step: 0, tokens: 8, metrics: {} },
+    load: Float64Array.from({ length: 8 }, (_, e) => (e === place ? 9 : 1)),
+  }));
+  for (const [place, router] of read.routers.entries()) {
+    const before = await leaf(router.buffers, "bias").data();
+    const after = router.afterStep?.(statistics, router.buffers);
+    const moved = await leaf(after ?? {}, "bias").data();
+    for (const [e, x] of before.entries()) expect(moved[e]).toBeCloseTo(x + (e === place ? -0.001 : 0.001), 6);
+  }
 });
 
 describe("deepseek_v3's layers for further tokens", () => {

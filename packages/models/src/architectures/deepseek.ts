@@ -2,7 +2,9 @@
 // and shared experts. The versions differ in their routers and in the defaults of their configuration classes.
 import type { RouterPlugin } from "@switchyard/core/moe";
 import type { LatentAttention, LayerBlueprint, Norm } from "../blueprint.ts";
+import { isRecord } from "../checkpoint.ts";
 import { ConfigReader } from "../config-reader.ts";
+import { quote } from "../safetensors.ts";
 import type { CheckpointIndex, Description } from "../source.ts";
 import {
   described,
@@ -147,6 +149,10 @@ function readLatent(
   const ropeSize = config.whole("qk_rope_head_dim", 64);
   // Rotary positions are for the rotary channels only; "head_dim" is their number in what the library writes.
   const rope = readRope(config, { headSize: ropeSize, theta: 10000, context, interleaved });
+  const record = config.get("rope_parameters") ?? config.get("rope_scaling");
+  if (isRecord(record) && record.mscale_all_dim && rope.type !== "yarn" && rope.type !== "default") {
+    refuse(`"mscale_all_dim" is given for rotary positions of type ${quote(rope.type)}; it is known for "yarn" only`);
+  }
   return {
     kind: "latent",
     heads,

@@ -5,7 +5,7 @@ import { dispose } from "@switchyard/core";
 import { describe, expect, it } from "vitest";
 import { compareGolden, openGolden, readGoldenModel } from "../golden.test-util.ts";
 import { makeEngine } from "../models.test-util.ts";
-import { architectures } from "./index.ts";
+import { architectures } from "./families.ts";
 
 const fixtures = fileURLToPath(new URL("../../test/fixtures/", import.meta.url));
 const folders = readdirSync(fixtures, { withFileTypes: true })

@@ -4,7 +4,7 @@ import { CheckpointError, type Json } from "@switchyard/core";
 import type { Blueprint, GateActivation, GroupedAttention, Norm } from "../blueprint.ts";
 import { isRecord } from "../checkpoint.ts";
 import { ConfigReader } from "../config-reader.ts";
-import { type Rotary, type RotaryOptions, rotary } from "../rope.ts";
+import { maximumHead, type Rotary, type RotaryOptions, rotary } from "../rope.ts";
 import { quote } from "../safetensors.ts";
 import type { CheckpointIndex, Description, Piece, Source } from "../source.ts";
 import { checkCounts } from "../weights.ts";
@@ -154,6 +154,7 @@ export function readRope(
   },
 ): Rotary {
   const { headSize, interleaved, context, types } = options;
+  if (headSize > maximumHead) refuse(`heads have ${headSize} channels; at most ${maximumHead} are read`);
   const theta = readTheta(config, options.theta);
   const key = ropeKey(config);
   const record = config.get(key);

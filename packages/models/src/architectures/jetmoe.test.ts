@@ -117,7 +117,14 @@ describe("jetmoe", () => {
       },
     });
     expect(places).toEqual([0, 1, 2, 3]);
-    expect(model.forward(model.params, ids).routed.length).toBe(4);
+    const { routed } = model.forward(model.params, ids);
+    expect(routed.length).toBe(4);
+    // Trainers count by these.
+    for (const { metrics } of routed) {
+      const load = Array.from((await metrics?.load?.data()) ?? []);
+      expect(load.length).toBe(5);
+      expect(load.reduce((a, b) => a + b)).toBe(6);
+    }
     expect(logits.shape).toEqual([1, 19]);
   });
 

@@ -165,6 +165,7 @@ describe("mixtral's config", () => {
     [{ num_experts_per_tok: 6 }, /"num_experts_per_tok" is 6, but there are 5 experts/],
     [{ num_key_value_heads: 3 }, /4 attention heads cannot share 3 heads of keys and values/],
     [{ head_dim: 5 }, /heads have 5 channels; rotary positions need an even number/],
+    [{ head_dim: 2 * 10 ** 9 }, /heads have 2000000000 channels; at most 65536 are read/],
     [{ head_dim: null, hidden_size: 10 }, /"head_dim" is missing, and hidden_size 10 is no multiple of 4/],
     [{ num_hidden_layers: 10 ** 9 }, /asks for 1000000000 layers, but the checkpoint has only 500 tensors/],
     [{ num_local_experts: 10 ** 9 }, /asks for 1000000000 experts, but the checkpoint has only 500 tensors/],

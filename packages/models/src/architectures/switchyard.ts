@@ -16,8 +16,9 @@ import { isRecord } from "../checkpoint.ts";
 import { ConfigReader } from "../config-reader.ts";
 import type { Checkpoint } from "../model.ts";
 import type { TensorSource } from "../safetensors.ts";
+import type { CheckpointIndex, Description, Source } from "../source.ts";
 import { buildTransformer, type Transformer, type TransformerArchitecture } from "../transformer.ts";
-import { type CompleteConfig, completeConfig, parameterShapes } from "../transformer-config.ts";
+import { blueprintOf, type CompleteConfig, completeConfig, parameterShapes } from "../transformer-config.ts";
 import {
   type CheckpointContent,
   checkAllUsed,
@@ -113,7 +114,7 @@ function same(a: Json | undefined, b: Json | undefined): boolean {
   return JSON.stringify(a ?? null) === JSON.stringify(b ?? null);
 }
 
-function readConfig(checkpoint: Checkpoint, options: SwitchyardOptions): CompleteConfig {
+function readConfig(checkpoint: Pick<Checkpoint, "config">, options: SwitchyardOptions): CompleteConfig {
   const config = new ConfigReader(checkpoint.config);
   const found = config.whole("format");
   if (found !== format) {
@@ -148,6 +149,21 @@ function readConfig(checkpoint: Checkpoint, options: SwitchyardOptions): Complet
     allowNonCausal: config.boolean("allowNonCausal", false),
     router: findRouter(new ConfigReader(router, "config.json: router"), options),
   });
+}
+
+/** What a checkpoint in our own layout holds, without reading weights: its tensors are named as its parameters are. */
+export function describeSwitchyard(checkpoint: CheckpointIndex, options: SwitchyardOptions): Description {
+  const config = readConfig(checkpoint, options);
+  checkCounts(checkpoint, { layers: config.layers });
+  const blueprint = blueprintOf(config);
+  const sources = checkpoint.names.flatMap((name): [string, Source][] => {
+    const [, layer, buffer] = /^buffers\.(\d+)\.(.+)$/.exec(name) ?? [];
+    if (layer === undefined && !name.startsWith("params.")) return [];
+    const path = layer === undefined ? name.slice("params.".length) : `layers.${layer}.moe.buffers.${buffer}`;
+    const { shape } = checkpoint.stored(name);
+    return [[path, { kind: "whole", shape, pieces: [{ name, shape }] }]];
+  });
+  return { blueprint, sources: new Map(sources) };
 }
 
 async function read(

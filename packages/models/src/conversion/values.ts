@@ -26,37 +26,31 @@ export function converted(
   { tensor, to, saturate, counts }: { tensor: SourceTensor; to: string; saturate: boolean; counts?: Counts },
 ): Uint8Array {
   const values = toFloat32(bytes, tensor.dtype, tensor.name);
+  if (counts) counts.converted += values.length;
   const result = fromFloat32(values, to);
   // What was exact stays exact.
-  if (to === "F32") {
-    if (counts) counts.converted += values.length;
-    return result;
-  }
-  let back = toFloat32(result, to, tensor.name);
-  const tooLarge = (x: number, y: number): boolean => Number.isFinite(x) && !Number.isFinite(y);
-  const over = values.findIndex((x, i) => tooLarge(x, back[i] as number));
-  let out = result;
-  if (over >= 0) {
+  if (to === "F32") return result;
+  const stored = new Uint16Array(result.buffer, result.byteOffset, values.length);
+  const infinity = to === "F16" ? 0x7c00 : 0x7f80;
+  for (let i = 0; i < stored.length; i++) {
+    if (((stored[i] as number) & infinity) !== infinity || !Number.isFinite(values[i])) continue;
     if (!saturate) {
       throw new UnsupportedError(
-        `${quote(tensor.name)} holds ${values[over]}, and the largest number of ${to} is ${largest.get(to)}; ` +
+        `${quote(tensor.name)} holds ${values[i]}, and the largest number of ${to} is ${largest.get(to)}; ` +
           "choose another dtype, or saturate (--saturate) to write the largest number instead",
       );
     }
-    const most = largest.get(to) as number;
-    const clamped = values.map((x, i) => (tooLarge(x, back[i] as number) ? Math.sign(x) * most : x));
-    if (counts) counts.saturated += values.reduce((n, x, i) => n + Number(tooLarge(x, back[i] as number)), 0);
-    out = fromFloat32(clamped, to);
-    back = toFloat32(out, to, tensor.name);
+    // One below infinity, whatever the sign.
+    stored[i] = (stored[i] as number) - 1;
+    if (counts) counts.saturated++;
   }
-  if (counts) {
-    counts.converted += values.length;
-    for (let i = 0; i < values.length; i++) {
-      const [x, y] = [values[i] as number, back[i] as number];
-      if (x === y || Number.isNaN(x)) continue;
-      counts.rounded++;
-      if (y === 0) counts.toZero++;
-    }
+  if (!counts) return result;
+  const back = toFloat32(result, to, tensor.name);
+  for (let i = 0; i < values.length; i++) {
+    const [x, y] = [values[i] as number, back[i] as number];
+    if (x === y || Number.isNaN(x)) continue;
+    counts.rounded++;
+    if (y === 0) counts.toZero++;
   }
-  return out;
+  return result;
 }

@@ -37,13 +37,14 @@ export async function bothRoutings(
   }
   const override = [strong, { ranks: [rank - 1] }];
   requireRouting(name, model, override);
+  const how = { override, positions: "all", length: ids.length } as const;
   const cache = model.newCache(2);
   try {
     for (let from = 0; from < ids.length; from += chunk) {
       const some = Array.from(ids).slice(from, from + chunk);
       const input = model.engine.tensor(Int32Array.from([...some, ...some]), [2, some.length]);
       try {
-        const logits = await model.step(input, { cache, override, positions: "all", ...(trace ? { trace } : {}) });
+        const logits = await model.step(input, { ...how, cache, ...(trace ? { trace } : {}) });
         try {
           await visit(logits, from);
         } finally {

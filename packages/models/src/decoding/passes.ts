@@ -1,6 +1,7 @@
 // Forward passes over growing sequences that share a batch and a cache: what strategies are made of. Private.
 import { ShapeError, type Tensor } from "@switchyard/core";
 import type { RoutingOverride } from "@switchyard/core/moe";
+import { promptChunk } from "../memory.ts";
 import type { KvCache, Watch } from "../model.ts";
 import type { DecodingModel, DecodingOptions } from "./strategy.ts";
 
@@ -52,7 +53,8 @@ export class Passes {
   async #run(ids?: readonly number[], watch?: Watch): Promise<Float64Array[]> {
     for (const [row, id] of (ids ?? []).entries()) this.#sequences[row]?.push(id);
     const total = this.#fit();
-    const { prefillChunk = total, cache, allowNonCausal, signal } = this.#options;
+    const { prefillChunk = promptChunk, cache, allowNonCausal, signal } = this.#options;
+    if (this.#outgrown(total)) this.dispose();
     if (cache) this.#cache ??= this.#model.newCache(this.#sequences.length);
     let at = this.#cache?.length ?? 0;
     for (;;) {
@@ -65,6 +67,7 @@ export class Passes {
       try {
         logits = await this.#model.step(input, {
           ...(this.#cache ? { cache: this.#cache } : {}),
+          ...(until < total ? { length: total } : {}),
           ...(this.#padding.some((n) => n > 0) ? { padding: this.#padding } : {}),
           ...(this.#override.some((one) => one !== undefined) ? { override: this.#override } : {}),
           ...(allowNonCausal === undefined ? {} : { allowNonCausal }),
@@ -122,6 +125,17 @@ export class Passes {
     this.dispose();
     this.#padding = padded(this.#sequences);
     return longest;
+  }
+
+  /** Whether a row passes the length up to which the keys in the cache were turned: longrope turns all of a longer one otherwise. */
+  #outgrown(total: number): boolean {
+    const past = this.#cache?.length ?? 0;
+    if (past === 0) return false;
+    return (this.#model.blueprint?.layers ?? []).some(({ attention: { rope } }) => {
+      const { type, changesAfter = Number.POSITIVE_INFINITY } = rope;
+      const passes = (before: number): boolean => past - before <= changesAfter && total - before > changesAfter;
+      return type === "longrope" && this.#padding.some(passes);
+    });
   }
 
   #columns(from: number, to: number): Tensor {

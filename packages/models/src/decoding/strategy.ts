@@ -1,6 +1,7 @@
 // The contract of decoding strategies: how the next tokens of some rows come from one or more forward passes. Types only.
 import type { Engine, Random } from "@switchyard/core";
 import type { Router } from "@switchyard/core/moe";
+import type { Blueprint } from "../blueprint.ts";
 import type { Model } from "../model.ts";
 import type { Tokenizer } from "../tokenizer.ts";
 
@@ -9,6 +10,8 @@ export interface DecodingModel extends Model {
   readonly engine: Engine;
   /** In the order of `routing`: what does not fit is refused before anything runs. */
   readonly routers?: readonly Pick<Router, "overrides">[];
+  /** Its rotary positions say when a cache must be filled anew. */
+  readonly blueprint?: Pick<Blueprint, "layers">;
 }
 
 /** A prompt and what goes with it. */
@@ -30,7 +33,7 @@ export interface DecodingOptions {
   readonly tokenizer?: Tokenizer;
   /** How many alternatives to report with each token. */
   readonly topLogProbabilities: number;
-  /** Prompt tokens per pass; default: all in one. */
+  /** Prompt tokens per pass; default 512. */
   readonly prefillChunk?: number;
   /** false recomputes the whole sequence for each token. */
   readonly cache: boolean;

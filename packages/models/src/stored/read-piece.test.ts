@@ -551,6 +551,13 @@ describe("refused by name, before anything is read:", () => {
       /must be even, not 3/,
     ],
     [
+      "alternating rows without end",
+      { "a.weight": raw(draw, "F32", 4, 6) },
+      {},
+      at([2 ** 50, 6], { alternating: true }),
+      /is F32 \[4, 6\], but config.json asks for F32 \[1125899906842624, 6\]/,
+    ],
+    [
       "a vector stored transposed",
       { "a.weight": raw(draw, "F32", 3) },
       {},

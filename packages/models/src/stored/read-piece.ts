@@ -80,12 +80,12 @@ function rowsOf(piece: Piece): Rows {
   if (total % 2 !== 0) return fail(piece, `gate and up alternate, so rows must be even, not ${total}`);
   const half = total / 2;
   const place = (i: number): number => (from + i < half ? 2 * (from + i) : 2 * (from + i - half) + 1);
-  let [first, last] = out === 0 ? [0, -1] : [place(0), place(0)];
-  for (let i = 1; i < out; i++) {
-    first = Math.min(first, place(i));
-    last = Math.max(last, place(i));
-  }
-  return { ...common, place, from: first, to: last + 1, inOrder: false };
+  // Rows of gate and those of up both rise, so that the ends of each are the ends of all: `out` is not to be trusted yet.
+  const turn = Math.min(Math.max(half - from, 0), out);
+  const ends = out === 0 ? [] : [0, turn - 1, turn, out - 1].filter((i) => i >= 0 && i < out).map(place);
+  const [first, last] = [Math.min(...ends), Math.max(...ends)];
+  const span = out === 0 ? { from: 0, to: 0 } : { from: first, to: last + 1 };
+  return { ...common, place, ...span, inOrder: false };
 }
 
 /** A checked piece: its form, and how to read it. */

@@ -245,6 +245,20 @@ for (const { name, skip = false, open, keeps, tolerance = 2e-5 } of subjects) {
   });
 }
 
+it("leaves nothing behind where the device has no room for all of it", async () => {
+  const whole = await wasm({ threads: 1 });
+  let left = 1;
+  const on = engine({
+    ...whole,
+    upload(data, spec) {
+      if (left-- === 0) throw new Error("no room");
+      return whole.upload(data, spec);
+    },
+  });
+  expect(() => upload(on, random("int4/32 zeros", 3, 1))).toThrow("no room");
+  expect(on.live()).toBe(0);
+});
+
 describe("a tree without such a matrix is refused by name", () => {
   const on = engine(cpu());
   const x = on.tensor(new Float32Array(4), [1, 4]);

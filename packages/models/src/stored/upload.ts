@@ -100,13 +100,14 @@ export function upload(engine: Engine, host: HostMatrix, options: UploadOptions 
   if (plan.widened) return engine.tensor(widen(host), host.shape);
   if (host.kind === "floats") return engine.tensor(host.data, host.shape, host.dtype);
   const { codes, scales } = parts(host);
-  return {
+  // A scope: where there is no room for the scales, the codes are freed.
+  return engine.scope(() => ({
     [plan.form]: {
       codes: engine.tensor(host.codes, codes, "u8"),
       scales: engine.tensor(host.scales, scales),
       ...(host.zeros ? { zeros: engine.tensor(host.zeros, scales, "u8") } : {}),
     },
-  };
+  }));
 }
 
 /** Anything stored as an f32 tensor: norms, biases, what is used otherwise than in products. */

@@ -120,6 +120,22 @@ describe("simulateCache", () => {
     });
   });
 
+  it("leaves layers without bytes alone where others have them", () => {
+    const some = [{ experts: 4, expertBytes: 100 }, { experts: 9 }, { experts: 4, expertBytes: 100 }];
+    const all = Array.from({ length: 12 }, (_, i) => ({ layer: i % 3, experts: [i % 4, (i + 2) % 4].toSorted() }));
+    const without = all.filter(({ layer }) => layer !== 1).map((one) => ({ ...one, layer: one.layer / 2 }));
+    const alone = some.filter(({ expertBytes }) => expertBytes !== undefined);
+    for (const policy of cachePolicies) {
+      for (const memory of [100, 300, 500]) {
+        const found = simulateCache(some, all, { policy, size: { memory } });
+        const expected = simulateCache(alone, without, { policy, size: { memory } });
+        expect(found.total).toEqual(expected.total);
+        expect(found.layers.filter((_, i) => i !== 1)).toEqual(expected.layers);
+        expect(found.layers[1]).toMatchObject({ requests: 0, hits: 0, bytesRead: 0 });
+      }
+    }
+  });
+
   it("refuses sizes that make no sense and knows when bytes are unknown", () => {
     const run = (
       size: Parameters<typeof simulateCache>[2]["size"],

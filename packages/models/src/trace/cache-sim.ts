@@ -14,7 +14,10 @@ export interface ExpertRequest {
 export type CachePolicy = (typeof cachePolicies)[number];
 export const cachePolicies = ["lru", "lfu", "belady", "prefetch"] as const;
 
-/** The size of the cache: so many experts for each layer, or so many bytes for all layers together. */
+/**
+ * The size of the cache: so many experts for each layer, or so many bytes for all layers together, where layers without
+ * `expertBytes` beside others that have them are taken to stay in memory.
+ */
 export type CacheSize = { readonly expertsPerLayer: number } | { readonly memory: number };
 
 export interface CacheCounts {
@@ -99,14 +102,19 @@ const ratio = (hits: number, requests: number): number => (requests === 0 ? 1 : 
  */
 export function simulateCache(
   layers: readonly Pick<TraceLayer, "experts" | "expertBytes">[],
-  requests: readonly ExpertRequest[],
+  given: readonly ExpertRequest[],
   { policy, size }: { readonly policy: CachePolicy; readonly size: CacheSize },
 ): CacheResult {
   const shared = "memory" in size;
+  /** Layers whose experts the cache holds, in the order of a pass. */
+  const cached = layers.flatMap((one, i) => (shared && one.expertBytes === undefined ? [] : [i]));
   const capacity = shared ? sharedCapacity(layers, size.memory) : size.expertsPerLayer;
   if (!(Number.isSafeInteger(capacity) && capacity >= 0)) {
     throw new ShapeError(`cache simulation: expertsPerLayer is ${capacity}, expected a whole number from 0`);
   }
+  const unknown = given.find(({ layer }) => layers[layer] === undefined);
+  if (unknown) throw new ShapeError(`cache simulation: a request for layer ${unknown.layer} of ${layers.length}`);
+  const requests = given.filter(({ layer }) => cached.includes(layer));
   // In a shared cache every expert needs a number of its own.
   const stride = shared ? layers.reduce((most, { experts }) => Math.max(most, experts), 0) : 0;
   const keys = ({ layer, experts }: ExpertRequest): number[] => experts.map((id) => layer * stride + id);
@@ -121,25 +129,27 @@ export function simulateCache(
   const predictors = layers.map(() => expertPredictor());
   const latest = layers.map((): number => 0);
   let ahead: { readonly layer: number; readonly ids: ReadonlySet<number> } | undefined;
-  let before: { readonly layer: number; readonly keys: readonly number[] } | undefined;
+  let before: { readonly place: number; readonly keys: readonly number[] } | undefined;
   for (const request of requests) {
     const { layer } = request;
     const cache = caches[layer];
     const tally = tallies[layer];
-    if (!cache || !tally) throw new ShapeError(`cache simulation: a request for layer ${layer} of ${layers.length}`);
+    if (!cache || !tally) continue;
+    const place = cached.indexOf(layer);
     const ids = keys(request);
     const { hits } = cache.need(ids);
     tally.requests += ids.length;
     tally.hits += hits.length;
     if (policy !== "prefetch") continue;
     if (ahead?.layer === layer) tally.useful += hits.filter((id) => ahead?.ids.has(id)).length;
-    if (before && before.layer === layer - 1) predictors[layer]?.observe(before.keys, ids);
-    before = { layer, keys: ids };
+    if (before && before.place === place - 1) predictors[layer]?.observe(before.keys, ids);
+    before = { place, keys: ids };
     latest[layer] = ids.length;
-    const next = caches[layer + 1];
-    const expected = predictors[layer + 1]?.predict(ids, latest[layer + 1] ?? 0) ?? [];
-    ahead = { layer: layer + 1, ids: new Set((next?.prefetch(expected, shared ? ids : []) ?? []).map(({ id }) => id)) };
-    const nextTally = tallies[layer + 1];
+    const following = cached[place + 1] ?? layers.length;
+    const next = caches[following];
+    const expected = predictors[following]?.predict(ids, latest[following] ?? 0) ?? [];
+    ahead = { layer: following, ids: new Set((next?.prefetch(expected, shared ? ids : []) ?? []).map(({ id }) => id)) };
+    const nextTally = tallies[following];
     if (nextTally) nextTally.prefetches += ahead.ids.size;
   }
   const counts = (tally: Tally, bytes: number | null): CacheCounts => ({
@@ -153,6 +163,7 @@ export function simulateCache(
   });
   const perLayer = tallies.map((tally, i) => {
     const bytes = layers[i]?.expertBytes;
+    if (bytes === undefined && shared) return counts(tally, 0);
     return counts(tally, bytes === undefined ? null : (tally.requests - tally.hits + tally.prefetches) * bytes);
   });
   const sum = (key: keyof Tally): number => tallies.reduce((total, tally) => total + tally[key], 0);
@@ -169,10 +180,10 @@ function sharedCapacity(layers: readonly Pick<TraceLayer, "expertBytes">[], memo
   if (!(Number.isSafeInteger(memory) && memory >= 0)) {
     throw new ShapeError(`cache simulation: memory is ${memory} bytes, expected a whole number from 0`);
   }
-  const sizes = new Set(layers.map(({ expertBytes }) => expertBytes));
+  const sizes = new Set(layers.flatMap(({ expertBytes }) => expertBytes ?? []));
   const [bytes] = sizes;
   if (sizes.size !== 1 || bytes === undefined || bytes === 0) {
-    const found = [...sizes].map((one) => one ?? "unknown").join(", ");
+    const found = [...sizes].join(", ") || "unknown";
     throw new ShapeError(
       `cache simulation: a memory needs experts of one known size, found ${found} bytes; give expertBytes or expertsPerLayer`,
     );

@@ -16,7 +16,7 @@ export interface TraceRecorderOptions {
   readonly nulls?: number;
   /** Ids per token and layer; default: what the first pass has. Later passes may have fewer. */
   readonly slots?: number;
-  /** Bytes of one expert's weights as stored. */
+  /** Bytes of one expert's weights as stored. Routers inside attention get none: their experts stay in memory. */
   readonly expertBytes?: number;
   readonly tokenizer?: string | null;
   readonly labels?: readonly string[];
@@ -191,7 +191,7 @@ export function traceRecorder(sink: TraceSink, options: TraceRecorderOptions): T
         ...(nulls === undefined ? {} : { nulls }),
         slots: options.slots ?? slots,
         plan,
-        ...(expertBytes === undefined ? {} : { expertBytes }),
+        ...(expertBytes === undefined || routing?.[layer]?.part === "attention" ? {} : { expertBytes }),
       }),
     );
     const wide = Math.max(...layers.map(({ experts }) => experts)) + (nulls ?? 0);

@@ -47,6 +47,14 @@ function broadcast(device: Device, kernel: string, inputs: readonly Input[], res
   const y = device.result(result);
   const total = sizeOf(result.shape);
   if (total === 0) return y;
+  const lengths = inputs.map((x) => sizeOf(x.shape));
+  if (lengths.every((n) => n === total)) {
+    // Nothing is broadcast: one long row.
+    const flat = [y.ptr, total, total, 0, inputs.length, 0];
+    for (const x of inputs) flat.push(x.handle.ptr, 1);
+    device.launch(kernel, flat, units(total), total * MOVED);
+    return y;
+  }
   const {
     inner,
     outer,

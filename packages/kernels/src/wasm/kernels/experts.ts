@@ -4,9 +4,10 @@ import { at, type Device, elementBytes, type Input, lastOf, only, rowsOf, sizeOf
 import type { Block } from "../heap.ts";
 import { FEW_ROWS, type Job, kindOf, MAX_COLUMNS, multiply, rowsPerTask, runTasks } from "./matmul.ts";
 
-/** Hidden units of a task of the SwiGLU kernels: the gate and up columns of a packed block; rows of dot products. */
+/** Hidden units of a task of the SwiGLU kernels: the gate and up columns of a packed block; rows of dot products, on several threads and on one. */
 const PACKED_UNITS = MAX_COLUMNS / 2;
 const DOT_UNITS = 16;
+const DOT_UNITS_ALONE = 128;
 
 /** Stable counting sort of the slots of ids [t, k]; the results are addresses. */
 function dispatch(
@@ -31,6 +32,7 @@ type Primitive = "blockEnds";
 export function expertKernels(
   device: Device,
 ): Readonly<Record<string, Kernel<Block>>> & { readonly [P in Primitive]: Kernel<Block> } {
+  const dotUnits = device.threads === 1 ? DOT_UNITS_ALONE : DOT_UNITS;
   const combine = (out: number, weights: Input, slots: number, bound: number, y: number, n: number): void => {
     const [tokens, k] = [rowsOf(weights), lastOf(weights)];
     const block = tokenBlock(device, tokens);
@@ -120,13 +122,13 @@ export function expertKernels(
         for (const { e, from, m } of blocks) {
           const dots = m <= FEW_ROWS;
           const step = dots ? m : rowsPerTask(device, m, 2 * units, blocks.length);
-          const columns = dots ? DOT_UNITS : PACKED_UNITS;
+          const columns = dots ? dotUnits : PACKED_UNITS;
+          const tasks = dots ? few : many;
           for (let r = 0; r < m; r += step) {
             for (let j = 0; j < units; j += columns) {
               const w = gateUp.handle.ptr + (2 * e * units + j) * lineG;
               const c = inner + ((from + r) * units + j) * 4;
-              const task = [rows + (from + r) * 4, Math.min(step, m - r), width, w, Math.min(columns, units - j), c, 0];
-              (dots ? few : many).push(...task);
+              tasks.push(rows + (from + r) * 4, Math.min(step, m - r), width, w, Math.min(columns, units - j), c, 0);
             }
           }
           flops += 4 * m * width * units;

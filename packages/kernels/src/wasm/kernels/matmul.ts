@@ -11,7 +11,7 @@ export const MAX_COLUMNS = 128;
 const MAX_ROWS = PANEL * 40;
 /** Up to this many rows, products with weights stored [n, k] run on dot products without packing. */
 export const FEW_ROWS = 24;
-/** Columns of a task of dot products. */
+/** Columns of a task of dot products that threads share. One thread alone takes MAX_COLUMNS: writing tasks takes time, too. */
 const DOT_COLUMNS = 32;
 /** Bytes of scratch a thread needs: a packed block of B, an edge tile, and the SwiGLU block of MAX_ROWS rows. */
 export const SCRATCH = 256 * MAX_COLUMNS * 4 + MAX_COLUMNS * 8 + PANEL * 8 * 4 + MAX_ROWS * MAX_COLUMNS * 4 + 1024;
@@ -76,9 +76,10 @@ export function multiply(device: Device, products: readonly Product[], layout: L
   const flops = (list: readonly Product[]): number => list.reduce((sum, p) => sum + 2 * p.m * p.k * n, 0);
 
   const dots: number[] = [];
+  const most = device.threads === 1 ? MAX_COLUMNS : DOT_COLUMNS;
   for (const p of few) {
-    for (let j = 0; j < n; j += DOT_COLUMNS) {
-      dots.push(p.a, p.m, p.k, p.b + j * ldb, Math.min(DOT_COLUMNS, n - j), p.c + 4 * j, bias && bias + 4 * j);
+    for (let j = 0; j < n; j += most) {
+      dots.push(p.a, p.m, p.k, p.b + j * ldb, Math.min(most, n - j), p.c + 4 * j, bias && bias + 4 * j);
     }
   }
   // One row is bound by memory, not by arithmetic.

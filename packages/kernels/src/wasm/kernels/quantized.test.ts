@@ -148,6 +148,90 @@ describe.each([
     expect(worst(found ?? [], expected)).toBeLessThan(2e-6);
   });
 
+  describe("one row of int8 and int4, which is summed as integers", () => {
+    const lines = 6;
+    /** Lines of the product of one row, and in double precision these and the sums of magnitudes. */
+    const one = (w: Weights, x: Float32Array) => {
+      const k = x.length;
+      const parts = [w.codes, w.scales, ...(w.zeros ? [w.zeros] : [])].map((host) => ({
+        ...host,
+        shape: host.shape.slice(1),
+      }));
+      const [found] = call(backend, "quantizedLinear", [floats(x, 1, k), ...parts], [f32(1, lines)], w.attrs);
+      const magnitudes = Float64Array.from(x, Math.abs);
+      // No code differs by more than 255 from its zero.
+      const most = Array.from({ length: lines }, () => magnitudes.reduce((sum, value) => sum + value, 0) * 255 * 0.015);
+      return {
+        found: [...(found ?? [])],
+        exact: Array.from({ length: lines }, (_, line) => product(w, 0, line, x)),
+        most,
+      };
+    };
+    const forms: readonly (readonly [Quantized, boolean, number])[] = [
+      [{ format: "int8", group: 48 }, false, 96],
+      [{ format: "int8", group: 2080 }, true, 4160], // sums of more than 1024 are cut
+      [{ format: "int8", group: 16_557 }, false, 16_557], // more than one block of digits, and a rest
+      [{ format: "int8", group: 5 }, true, 45], // no whole chunks
+      [{ format: "int4", group: 16 }, false, 16_400],
+      [{ format: "int4", group: 1056 }, true, 2112],
+      [{ format: "int4", group: 70 }, true, 70],
+    ];
+    it.each(forms)("%o, zeros %s, %i elements: elements of all sizes", (attrs, zeros, k) => {
+      const w = weights(attrs, zeros, 1, lines, k);
+      const noise = uniform(17, k).data;
+      for (const [scale, outlier] of [
+        [1, 1],
+        [1, 3e4],
+        [1e-41, 1],
+        [3e34, 1],
+        [0, 1],
+      ] as const) {
+        const x = Float32Array.from(noise, (value, i) => value * scale * (i % 29 === 3 ? outlier : 1));
+        const { found, exact, most } = one(w, x);
+        found.forEach((value, line) => {
+          const bound = 1e-7 * (most[line] as number) + 2 ** -140;
+          expect(Math.abs(value - (exact[line] as number))).toBeLessThanOrEqual(bound);
+        });
+      }
+    });
+
+    it.each([
+      ["int8", 0x80, undefined, -128],
+      ["int8", 0x80, 0x7f, -255],
+      ["int8", 0x7f, 0x80, 255],
+      ["int4", 0xff, undefined, 7],
+      ["int4", 0x00, 15, -15],
+    ] as const)("%s: sums of the largest codes (%i, zero %i) do not run over", (format, code, zero, value) => {
+      const k = 4096;
+      const line = format === "int4" ? k / 2 : k;
+      const w: Weights = {
+        attrs: { format, group: k },
+        codes: u8(new Uint8Array(lines * line).fill(code), 1, lines, line),
+        scales: floats(new Float32Array(lines).fill(1), 1, lines, 1),
+        ...(zero === undefined ? {} : { zeros: u8(new Uint8Array(lines).fill(zero), 1, lines, 1) }),
+      };
+      // The lower digit of the last is -32768, its upper one as large as they get.
+      for (const x of [1, -1, 1 - 2 ** -24, -(1 - 2 ** -24), 2 ** -15, 1 - 2 ** -15]) {
+        const row = new Float32Array(k).fill(x);
+        row[0] = Math.fround(1 - 2 ** -24);
+        const exact = value * ((k - 1) * x + (row[0] as number));
+        for (const found of one(w, row).found) expect(Math.abs(found / exact - 1)).toBeLessThan(3e-7);
+      }
+    });
+
+    it.each(forms)("%o, zeros %s, %i elements: NaN and infinity", (attrs, zeros, k) => {
+      const w = weights(attrs, zeros, 1, lines, k);
+      for (const special of [Number.NaN, Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY]) {
+        for (const at of [0, k - 1]) {
+          const x = Float32Array.from(uniform(19, k).data);
+          x[at] = special;
+          const { found, exact } = one(w, x);
+          expect(found).toEqual(exact);
+        }
+      }
+    });
+  });
+
   it.each(kinds)("%o, zeros %s: an expert alone gives the bytes it gives among others", (attrs, zeros, k) => {
     const w = weights(attrs, zeros, 3, 41, k);
     // One row, a few, many.

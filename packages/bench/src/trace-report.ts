@@ -1,0 +1,606 @@
+// One self-contained HTML file about a routing trace: what stands out in words, loads, entropy, who works with whom, where tokens go
+// from layer to layer, and the text coloured by expert. Light and dark, on a page and a phone, and without colour vision.
+import { type Style, styleOf, swatch } from "./figures.ts";
+import { specialisationOfLoad } from "./metrics.ts";
+import { css, escapeHtml, hue, percent } from "./page.ts";
+import { shortCount } from "./summary.ts";
+import { heatFigure, layersFigure, type Square, squaresFigure, strengthLegend } from "./trace-figures.ts";
+
+/** What a report says of a layer; `LayerAnalysis` of @switchyard/models has this form. */
+export interface ReportLayer {
+  readonly index: number;
+  readonly name?: string;
+  readonly experts: number;
+  /** Tokens that each expert saw, `[experts]`. */
+  readonly load: readonly number[];
+  readonly expertsPerToken: number;
+  readonly untouched: number;
+  readonly entropy?: number;
+  readonly loadEntropy: number;
+  readonly imbalance: number;
+  readonly dead: readonly number[];
+  readonly overloaded: readonly number[];
+  readonly loadByLabel?: readonly (readonly number[])[];
+  readonly together?: readonly (readonly number[])[];
+  readonly combinations?: number;
+}
+
+/** What `analyseTrace` of @switchyard/models gives. */
+export interface ReportAnalysis {
+  readonly model: { readonly name: string; readonly type?: string };
+  readonly tokens: number;
+  readonly sequences: number;
+  readonly labels: readonly { readonly name: string; readonly tokens: number }[];
+  readonly overload: number;
+  readonly layers: readonly ReportLayer[];
+  readonly transitions: readonly {
+    readonly from: number;
+    readonly to: number;
+    readonly counts: readonly (readonly number[])[];
+    readonly told: number;
+  }[];
+}
+
+/** What `traceTokens` of @switchyard/models gives. */
+export interface ReportTokens {
+  readonly count: number;
+  readonly sequence: ArrayLike<number>;
+  readonly token: ArrayLike<number>;
+  readonly kept: number;
+  /** `[count, layers, kept]`, -1 = none. */
+  readonly experts: ArrayLike<number>;
+  readonly weights?: ArrayLike<number>;
+  readonly stretches: readonly {
+    readonly first: number;
+    readonly tokens: number;
+    /** `[layers, kept]`, -1 = none. */
+    readonly experts: ArrayLike<number>;
+    readonly shares: ArrayLike<number>;
+  }[];
+}
+
+export interface TraceReport {
+  readonly analysis: ReportAnalysis;
+  readonly tokens: ReportTokens;
+  /** Text of each of `tokens`; default: their ids. */
+  readonly texts?: readonly string[];
+  /** Label of a sequence: a place in `analysis.labels`. */
+  labelOf?(sequence: number): number | undefined;
+}
+
+/** Bytes that experts and weights of the tokens may take in the page. */
+const tokenBudget = 1_700_000;
+const mostLabels = 6;
+const mostSquares = 6;
+
+const layerName = ({ index, name }: ReportLayer): string => `layer ${index}${name === undefined ? "" : ` ${name}`}`;
+const capital = (text: string): string => text.charAt(0).toUpperCase() + text.slice(1);
+
+/** "3, 5 to 8 and 11". */
+export function numberList(ids: readonly number[]): string {
+  const runs: [number, number][] = [];
+  for (const id of ids) {
+    const last = runs.at(-1);
+    if (last && last[1] === id - 1) last[1] = id;
+    else runs.push([id, id]);
+  }
+  const parts = runs.flatMap(([a, b]) => (b - a > 1 ? [`${a} to ${b}`] : a === b ? [`${a}`] : [`${a}`, `${b}`]));
+  return parts.length < 2 ? parts.join("") : `${parts.slice(0, -1).join(", ")} and ${parts.at(-1)}`;
+}
+
+const times = (load: readonly number[]): number[] => {
+  const total = load.reduce((sum, x) => sum + x, 0);
+  return load.map((x) => (total === 0 ? 0 : (x * load.length) / total));
+};
+
+/** How much the expert tells about the label, undefined without two labels. */
+function specialised({ loadByLabel, experts }: ReportLayer): number | undefined {
+  if (loadByLabel === undefined || loadByLabel.length < 2) return undefined;
+  const rows = loadByLabel.map((row) => times(row).map((x) => x / row.length));
+  return specialisationOfLoad(Float64Array.from(rows.flat()), experts);
+}
+
+const plural = (n: number, what: string): string => `${n} ${what}${n === 1 ? "" : "s"}`;
+
+/** What a reader should know first, in sentences. Counted over all layers; each names where. */
+export function traceFindings({ layers, tokens, labels, overload, transitions }: ReportAnalysis): readonly string[] {
+  if (tokens === 0) return ["The trace holds no tokens."];
+  const found: string[] = [];
+  const fewest = Math.min(...layers.map(({ experts, load }) => load.reduce((sum, x) => sum + x, 0) / experts));
+  const most = 10;
+  const listed = (lines: readonly string[], what: string): void => {
+    found.push(...lines.slice(0, most));
+    if (lines.length > most) found.push(`${lines.length - most} more layers have ${what}; the table counts them.`);
+  };
+  const dead = layers.filter((layer) => layer.dead.length > 0);
+  if (dead.length === 0) found.push("Every expert of every layer saw a token.");
+  listed(
+    dead.map((layer) => {
+      const { length } = layer.dead;
+      return `${capital(layerName(layer))}: ${length === 1 ? "expert" : `${length} of ${layer.experts} experts are dead: `}${length === 1 ? ` ${layer.dead[0]} is dead` : numberList(layer.dead)}. No token went there.`;
+    }),
+    "dead experts",
+  );
+  if (dead.length > 0 && fewest < 10) {
+    found.push(
+      `That may be chance: an even share is only ${fewest.toFixed(1)} tokens per expert. Use a longer text to be sure.`,
+    );
+  }
+  const over = layers.filter((layer) => layer.overloaded.length > 0);
+  if (over.length === 0) found.push(`No expert has more than ${overload} times an even share of the load.`);
+  listed(
+    over.map((layer) => {
+      const all = times(layer.load);
+      const named = layer.overloaded.slice(0, 4).map((e) => `${e} (${(all[e] ?? 0).toFixed(1)} ×)`);
+      const more = layer.overloaded.length > 4 ? ` and ${layer.overloaded.length - 4} more` : "";
+      return `${capital(layerName(layer))}: overloaded beyond ${overload} × an even share: expert${layer.overloaded.length === 1 ? "" : "s"} ${named.join(", ")}${more}.`;
+    }),
+    "overloaded experts",
+  );
+  const untouched = layers.filter((layer) => layer.untouched > 0);
+  if (untouched.length > 0) {
+    const [first] = [...untouched].sort((a, b) => b.untouched - a.untouched);
+    if (first)
+      found.push(
+        `Up to ${percent(first.untouched / tokens)} of the tokens get no expert at all (${layerName(first)}).`,
+      );
+  }
+  const [pair] = layers
+    .flatMap((layer) => strongestPair(layer) ?? [])
+    .sort((a, b) => b.share - a.share)
+    .slice(0, 1);
+  if (pair && pair.share > 0.5) {
+    found.push(
+      `The closest pair: ${percent(pair.share)} of the tokens of expert ${pair.a} in ${layerName(pair.layer)} also go to expert ${pair.b}.`,
+    );
+  }
+  const [path] = [...transitions].sort((a, b) => b.told - a.told);
+  const [from, to] = [layers[path?.from ?? -1], layers[path?.to ?? -1]];
+  if (path && from && to && path.told > 0) {
+    found.push(
+      `Knowing a token's leading expert in ${layerName(from)} tells most about the one in ${layerName(to)}: ${percent(path.told)} of what there is to know.`,
+    );
+  }
+  const [special] = layers
+    .map((layer) => ({ layer, value: specialised(layer) }))
+    .filter((one): one is { layer: ReportLayer; value: number } => one.value !== undefined)
+    .sort((a, b) => b.value - a.value);
+  if (special && labels.length > 1) {
+    found.push(
+      `Experts take sides most in ${layerName(special.layer)}: specialisation ${special.value.toFixed(2)} between ${labels.map(({ name }) => name).join(", ")} (0 none, 1 complete).`,
+    );
+  }
+  return found;
+}
+
+/** The pair of which the second sees most of the first's tokens, of experts with at least a quarter of an even share. */
+function strongestPair(layer: ReportLayer): { layer: ReportLayer; a: number; b: number; share: number } | undefined {
+  const mean = layer.load.reduce((sum, x) => sum + x, 0) / layer.experts;
+  let best: { layer: ReportLayer; a: number; b: number; share: number } | undefined;
+  for (const [a, row] of (layer.together ?? []).entries()) {
+    const load = layer.load[a] ?? 0;
+    if (load < mean / 4 || load === 0) continue;
+    for (const [b, n] of row.entries()) {
+      if (a !== b && n / load > (best?.share ?? 0)) best = { layer, a, b, share: n / load };
+    }
+  }
+  return best;
+}
+
+const columns: readonly { title: string; meaning: string; text: (layer: ReportLayer) => string }[] = [
+  { title: "experts", meaning: "Experts of the layer.", text: ({ experts }) => `${experts}` },
+  {
+    title: "per token",
+    meaning: "Experts a token goes to, mean; null experts count as none.",
+    text: ({ expertsPerToken }) => expertsPerToken.toFixed(2),
+  },
+  {
+    title: "busiest",
+    meaning: "Load of the busiest expert, times an even share: 1 is even.",
+    text: ({ imbalance }) => imbalance.toFixed(2),
+  },
+  { title: "dead", meaning: "Experts that no token chose.", text: ({ dead }) => `${dead.length}` },
+  {
+    title: "overloaded",
+    meaning: "Experts with more than the named multiple of an even share.",
+    text: ({ overloaded }) => `${overloaded.length}`,
+  },
+  {
+    title: "evenness",
+    meaning: "Entropy of the load over all tokens: 1 all experts alike, 0 one has everything.",
+    text: ({ loadEntropy }) => loadEntropy.toFixed(2),
+  },
+  {
+    title: "entropy",
+    meaning: "How undecided the router is on a token, mean: 0 certain, 1 all experts alike.",
+    text: ({ entropy }) => entropy?.toFixed(2) ?? "",
+  },
+  {
+    title: "pairs in use",
+    meaning: "Share of the pairs of experts, most frequent first, before 95 % of all meetings are reached.",
+    text: ({ combinations }) => (combinations === undefined ? "" : percent(combinations)),
+  },
+  {
+    title: "specialisation",
+    meaning: "How much the expert tells about the label: 0 nothing, 1 everything.",
+    text: (layer) => specialised(layer)?.toFixed(2) ?? "",
+  },
+];
+
+function tableHtml(layers: readonly ReportLayer[]): string {
+  const used = columns.filter(({ text }) => layers.some((layer) => text(layer) !== ""));
+  const heads = used.map(({ title, meaning }) => `<th scope="col" title="${escapeHtml(meaning)}">${title}</th>`);
+  const rows = layers.map((layer) => {
+    const cells = used.map(({ title, text }) => {
+      const value = text(layer);
+      return value === "" ? "<td></td>" : `<td data-label="${title}"><span>${value}</span></td>`;
+    });
+    return `<tr><th scope="row">${escapeHtml(layerName(layer))}</th>${cells.join("")}</tr>`;
+  });
+  const meanings = used.map(({ title, meaning }) => `<dt>${title}</dt><dd>${escapeHtml(meaning)}</dd>`);
+  return (
+    `<table><thead><tr><th scope="col">layer</th>${heads.join("")}</tr></thead><tbody>${rows.join("")}</tbody></table>` +
+    `<details class="note"><summary>What the columns say</summary><dl class="facts">${meanings.join("")}</dl></details>`
+  );
+}
+
+function loadHtml({ layers, labels, overload }: ReportAnalysis): string {
+  const figure = (title: string, of: (layer: ReportLayer) => readonly number[]): string => {
+    const rows = layers.map((layer) => ({ name: layerName(layer), times: times(of(layer)) }));
+    const greatest = Math.max(0, ...rows.map(({ times: own }) => own.reduce((a, b) => Math.max(a, b), 0)));
+    const label = `Load of every expert by layer, ${title}; greatest ${greatest.toFixed(1)} times an even share`;
+    const legend = strengthLegend("0", `${Math.max(overload, greatest).toFixed(1)} ×`);
+    return `${heatFigure(rows, { overload, label })}<figcaption>${capital(title)}. ${legend}</figcaption>`;
+  };
+  const shown = labels
+    .map((label, i) => ({ ...label, i }))
+    .filter(({ tokens }) => tokens > 0)
+    .sort((a, b) => b.tokens - a.tokens);
+  const byLabel = shown
+    .slice(0, mostLabels)
+    .map(
+      ({ name, tokens, i }) =>
+        `<figure><h3>${escapeHtml(name)}</h3>${figure(`${plural(tokens, "token")} of ${escapeHtml(name)}`, (layer) => layer.loadByLabel?.[i] ?? [])}</figure>`,
+    );
+  const rest =
+    shown.length > mostLabels
+      ? `<p class="note">The ${mostLabels} labels with the most tokens; ${shown.length - mostLabels} more are in the analysis.</p>`
+      : "";
+  return `<figure>${figure("all tokens", ({ load }) => load)}</figure>${labels.length > 1 ? byLabel.join("") + rest : ""}`;
+}
+
+/** At most so many, spread evenly. */
+const spreadOver = <T>(all: readonly T[], most: number): T[] =>
+  all.length <= most
+    ? [...all]
+    : Array.from({ length: most }, (_, i) => all[Math.round((i * (all.length - 1)) / (most - 1))] as T);
+
+function togetherHtml({ layers }: ReportAnalysis): string {
+  const meeting = layers.filter(({ together }) => together?.some((row, a) => row.some((n, b) => a !== b && n > 0)));
+  if (meeting.length === 0) {
+    const why = layers.some(({ together }) => together) ? "No token had two experts." : "Pairs were not counted.";
+    return `<p class="note">${why}</p>`;
+  }
+  const squares = spreadOver(meeting, mostSquares).map((layer): Square => {
+    const pair = strongestPair(layer);
+    const said = pair
+      ? `; most often expert ${pair.b} joins expert ${pair.a}, in ${percent(pair.share)} of its tokens`
+      : "";
+    return {
+      title: layerName(layer),
+      shares: (layer.together ?? []).map((row, a) => row.map((n) => n / Math.max(1, layer.load[a] ?? 0))),
+      own: true,
+      label: `Co-activation of ${layer.experts} experts in ${layerName(layer)}${said}`,
+    };
+  });
+  const left = meeting.length > mostSquares ? ` ${mostSquares} of ${meeting.length} layers are shown.` : "";
+  return (
+    `${squaresFigure(squares)}<p class="note">Of the tokens of the row's expert, the per cent that the column's expert sees too. ` +
+    `One strong pair does one expert's work; even rows are experts that combine freely.${left}</p>`
+  );
+}
+
+function transitionsHtml({ layers, transitions }: ReportAnalysis): string {
+  if (transitions.length === 0)
+    return '<p class="note">There is no second layer to go to, or pairs were not counted.</p>';
+  const squares = spreadOver(transitions, mostSquares).flatMap(({ from, to, counts, told }): Square[] => {
+    const [a, b] = [layers[from], layers[to]];
+    if (!a || !b) return [];
+    return [
+      {
+        title: `${layerName(a)} → ${layerName(b).replace(/^layer /, "")}`,
+        shares: counts.map((row) => {
+          const total = row.reduce((sum, n) => sum + n, 0);
+          return row.map((n) => n / Math.max(1, total));
+        }),
+        own: false,
+        label: `From ${layerName(a)} to ${layerName(b)}: the leading expert there is told by the one here to ${percent(told)}`,
+      },
+    ];
+  });
+  const told = transitions.map(({ to, told: share }) => `${layers[to]?.index ?? to}: ${percent(share)}`);
+  const left =
+    transitions.length > mostSquares ? ` ${mostSquares} of ${transitions.length} transitions are shown.` : "";
+  return (
+    `${squaresFigure(squares)}<p class="note">Rows: a token's leading expert in one layer; columns: in the next; per cent of the row's ` +
+    `tokens. Strong cells are paths that many tokens take.${left} How much one layer tells about the next, by the next layer's number: ${told.join(", ")}.</p>`
+  );
+}
+
+const base64 = (bytes: Uint8Array): string => {
+  let binary = "";
+  for (let i = 0; i < bytes.length; i += 0x8000) binary += String.fromCharCode(...bytes.subarray(i, i + 0x8000));
+  return btoa(binary);
+};
+
+/** Experts as numbers of one or two bytes (all ones: none), and weights as bytes of `scale`. */
+function packed(ids: ArrayLike<number>, weights: ArrayLike<number> | undefined, wide: boolean, scale: number) {
+  const none = wide ? 0xffff : 0xff;
+  const bytes = new Uint8Array(ids.length * (wide ? 2 : 1));
+  for (let i = 0; i < ids.length; i++) {
+    const id = ids[i] ?? -1;
+    const value = id < 0 || id >= none ? none : id;
+    bytes[wide ? 2 * i : i] = value & 255;
+    if (wide) bytes[2 * i + 1] = value >> 8;
+  }
+  const shares =
+    weights &&
+    Uint8Array.from({ length: weights.length }, (_, i) =>
+      Math.round(255 * Math.min(1, Math.max(0, (weights[i] ?? 0) / scale))),
+    );
+  return { ids: base64(bytes), ...(shares ? { weights: base64(shares) } : {}) };
+}
+
+/** The first `kept` of every `from` entries. */
+const firstOf = (values: ArrayLike<number>, from: number, kept: number): Float64Array =>
+  Float64Array.from(
+    { length: (values.length / from) * kept },
+    (_, i) => values[Math.floor(i / kept) * from + (i % kept)] as number,
+  );
+
+/** The coloured text, with what its script needs. */
+function readingHtml({ analysis, tokens, texts, labelOf }: TraceReport): string {
+  const { layers, labels } = analysis;
+  const most = Math.max(...layers.map(({ experts }) => experts));
+  const wide = most > 255;
+  const places = tokens.count + tokens.stretches.length;
+  const cost = (kept: number, weighted: boolean): number =>
+    (places * layers.length * kept * ((wide ? 2 : 1) + (weighted ? 1 : 0)) * 4) / 3;
+  let kept = tokens.kept;
+  while (kept > 1 && cost(kept, true) > tokenBudget) kept--;
+  const weighted = tokens.weights !== undefined && cost(kept, true) <= tokenBudget;
+  // So many layers that not even one expert of each fits: fewer tokens.
+  const count = Math.min(tokens.count, Math.floor(tokens.count / Math.max(1, cost(kept, weighted) / tokenBudget)));
+  const row = layers.length * tokens.kept;
+  const slice = (values: ArrayLike<number>, n: number): Float64Array =>
+    firstOf(Array.prototype.slice.call(values, 0, n * row), tokens.kept, kept);
+  const weights = weighted && tokens.weights ? slice(tokens.weights, count) : undefined;
+  const scale = weights?.reduce((a, b) => Math.max(a, b), 0) || 1;
+  const stretches = count < tokens.count ? [] : tokens.stretches;
+  const join = (of: (one: ReportTokens["stretches"][number]) => ArrayLike<number>): Float64Array => {
+    const all = new Float64Array(stretches.length * layers.length * kept);
+    for (const [i, one] of stretches.entries()) all.set(firstOf(of(one), tokens.kept, kept), i * layers.length * kept);
+    return all;
+  };
+  const runs: [string, number][] = [];
+  let last = -1;
+  for (let i = 0; i < count; i++) {
+    const sequence = tokens.sequence[i] as number;
+    const run = runs.at(-1);
+    if (run && sequence === last) run[1]++;
+    else {
+      const label = labels[labelOf?.(sequence) ?? -1]?.name;
+      runs.push([`text ${sequence + 1}${label === undefined ? "" : ` · ${label}`}`, 1]);
+    }
+    last = sequence;
+  }
+  const data = {
+    layers: layers.map(layerName),
+    kept,
+    wide,
+    scale,
+    texts: Array.from({ length: count }, (_, i) => texts?.[i] ?? `#${tokens.token[i]}`),
+    plain: texts === undefined,
+    runs,
+    tokens: packed(slice(tokens.experts, count), weights, wide, scale),
+    stretches: {
+      from: stretches.map(({ first }) => first),
+      sizes: stretches.map(({ tokens: n }) => n),
+      ...packed(
+        join(({ experts }) => experts),
+        join(({ shares }) => shares),
+        wide,
+        1,
+      ),
+    },
+  };
+  const middle = Math.floor(layers.length / 2);
+  const options = layers.map(
+    (layer, l) => `<option value="${l}"${l === middle ? " selected" : ""}>${escapeHtml(layerName(layer))}</option>`,
+  );
+  const chips = Array.from(
+    { length: Math.min(most, 1024) },
+    (_, e) => `<button type="button" class="chip" style="--h:${hue(e)}" aria-pressed="false">${e}</button>`,
+  );
+  const rest = stretches.reduce((sum, { tokens: n }) => sum + n, 0);
+  const also =
+    rest > 0
+      ? ` The first ${shortCount(count)} tokens stand one by one, the other ${shortCount(rest)} as blocks of up to ${stretches[0]?.tokens} with their most frequent expert.`
+      : count < analysis.tokens
+        ? ` The first ${count} of ${analysis.tokens} tokens.`
+        : "";
+  return `<p>A token's colour and number are its leading expert in the chosen layer; a button lights up the tokens of one expert.${also}</p>
+<div class="reading trace">
+<div class="controls"><label>layer <select aria-label="layer">${options.join("")}</select></label>
+<label><input type="checkbox" checked> expert numbers</label></div>
+<div class="controls chips" role="group" aria-label="light up one expert">${chips.join("")}</div>
+<div class="sample numbers" tabindex="0" role="group" aria-label="text, token by token; arrow keys move"></div>
+<p class="detail" aria-live="polite">Point at a token, tap it, or move with the arrow keys, to see its experts in every layer.</p>
+<noscript><p class="note">The coloured text needs JavaScript; nothing is loaded from elsewhere.</p></noscript>
+<script type="application/json">${JSON.stringify(data).replaceAll("<", "\\u003c")}</script></div>`;
+}
+
+/** Plain browser JavaScript: builds the text, colours it by a layer, lights one expert's tokens, shows a token's experts. */
+const script = `
+for (const box of document.querySelectorAll(".reading.trace")) {
+  const data = JSON.parse(box.querySelector("script").textContent), { kept, wide, scale } = data, L = data.layers.length;
+  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const numbers = (text) => { const b = bytes(text); return wide ? Uint16Array.from({ length: b.length / 2 }, (_, i) => b[2 * i] | (b[2 * i + 1] << 8)) : b; };
+  const none = wide ? 65535 : 255, n = data.texts.length;
+  const ids = [numbers(data.tokens.ids), numbers(data.stretches.ids)];
+  const weights = [data.tokens.weights && bytes(data.tokens.weights), bytes(data.stretches.weights)];
+  const text = box.querySelector(".sample"), detail = box.querySelector(".detail"), hint = detail.textContent;
+  const choice = box.querySelector("select"), chips = [...box.querySelectorAll(".chip")], spans = [];
+  const part = (i) => (i < n ? [0, i] : [1, i - n]);
+  const routes = (i, layer) => {
+    const [k, j] = part(i), at = (j * L + layer) * kept, found = [];
+    for (let s = at; s < at + kept; s++) if (ids[k][s] !== none) found.push([ids[k][s], weights[k] ? weights[k][s] / 255 * (k ? 1 : scale) : null]);
+    return found;
+  };
+  const add = (parent, string) => {
+    const span = document.createElement("span");
+    span.className = "t" + (data.plain ? " id" : "");
+    span.textContent = string === "" ? "▫" : string.replaceAll("\\n", "↵\\n");
+    span.i = spans.push(span) - 1;
+    parent.append(span);
+  };
+  const head = (string) => { const b = document.createElement("span"); b.className = "from"; b.textContent = string; text.append(b); };
+  let at = 0;
+  for (const [name, length] of data.runs) {
+    if (data.runs.length > 1 || data.stretches.from.length) head(name);
+    const div = document.createElement("div");
+    for (let i = 0; i < length; i++) add(div, data.texts[at++]);
+    text.append(div);
+  }
+  if (data.stretches.from.length) {
+    head("the rest, in blocks of up to " + data.stretches.sizes[0] + " tokens");
+    const div = document.createElement("div");
+    for (const _ of data.stretches.from) add(div, "\\u2007\\u2007");
+    text.append(div);
+  }
+  let lit = null, on = -1;
+  const hueOf = (e) => Math.round((210 + e * 137.508) % 360);
+  const paint = () => {
+    const layer = Number(choice.value);
+    spans.forEach((span, i) => {
+      const found = routes(i, layer), first = found[0];
+      span.dataset.n = first ? first[0] : "";
+      span.classList.toggle("none", !first);
+      span.classList.toggle("lit", lit !== null && found.some(([e]) => e === lit));
+      span.style.setProperty("--h", first ? hueOf(first[0]) : 0);
+    });
+    box.classList.toggle("dimmed", lit !== null);
+    chips.forEach((chip, e) => chip.setAttribute("aria-pressed", String(e === lit)));
+  };
+  choice.addEventListener("change", paint);
+  chips.forEach((chip, e) => chip.addEventListener("click", () => { lit = lit === e ? null : e; paint(); }));
+  box.querySelector("input").addEventListener("change", (event) => text.classList.toggle("numbers", event.target.checked));
+  const show = (i) => {
+    spans[on]?.classList.remove("on");
+    on = i;
+    if (i < 0) { detail.textContent = hint; return; }
+    spans[i].classList.add("on");
+    const [k, j] = part(i), name = document.createElement("b");
+    name.textContent = k ? "tokens " + (data.stretches.from[j] + 1) + " to " + (data.stretches.from[j] + data.stretches.sizes[j]) : JSON.stringify(data.texts[j]);
+    const list = document.createElement("span");
+    list.className = "routes";
+    data.layers.forEach((layer, l) => {
+      const line = document.createElement("span");
+      line.textContent = layer + ": " + (routes(i, l).map(([e, w]) => e + (w === null ? "" : " (" + (k ? Math.round(100 * w) + " %" : w.toFixed(2)) + ")")).join(", ") || "no expert");
+      list.append(line);
+    });
+    detail.replaceChildren(name, " ", list);
+  };
+  const pointed = (event) => { if (event.target.i !== undefined) show(event.target.i); };
+  text.addEventListener("pointerover", pointed);
+  text.addEventListener("pointerdown", pointed);
+  text.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    show(Math.min(spans.length - 1, Math.max(0, on + step)));
+    spans[on].scrollIntoView({ block: "nearest" });
+  });
+  paint();
+}
+`;
+
+const traceCss = `
+.cells { stroke: var(--heat); fill: none; } .axis { fill: var(--ink); font-size: 11px; }
+.squares { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: 1rem 1.4rem; margin: 1rem 0; }
+.square { margin: 0; min-width: 0; } .square h3 { margin: 0 0 .2rem; font-size: .9rem; font-weight: 600; }
+.strengths { display: inline-flex; gap: .4rem; align-items: center; white-space: nowrap; }
+.strengths .plot { display: inline-block; width: 7rem; height: .7rem; border: 1px solid var(--rule); }
+.trace .sample { max-height: 34rem; outline-offset: 2px; } .trace .sample > div { margin-bottom: .8rem; }
+.trace .chips { max-height: 7.2rem; overflow-y: auto; gap: .3rem; padding: .2rem; }
+.trace .t { padding: .1em 0; } .trace .t.id { margin-right: .35em; padding: .1em .2em; }
+.trace .numbers .t::after { padding-left: .15em; padding-right: .1em; font-weight: 600; opacity: .9; }
+.trace .detail { position: sticky; bottom: 0; background: var(--paper); padding: .5rem 0; max-height: 40vh; overflow-y: auto; border-top: 1px solid var(--rule); }
+.routes { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)); gap: 0 1rem; }
+.findings { padding-left: 1.2rem; } .findings li { margin: .25rem 0; overflow-wrap: anywhere; } h1 { overflow-wrap: anywhere; }
+`;
+
+function legendHtml(names: readonly string[]): string {
+  const item = (name: string, style: Style): string => `<span>${swatch(style)} ${escapeHtml(name)}</span>`;
+  return `<div class="legend">${names.map((name, i) => item(name, styleOf(i))).join("")}</div>`;
+}
+
+/**
+ * The report of a trace as one HTML document that needs no network. Up to 3 MB for 10,000 tokens: the more layers, the fewer experts
+ * of each token it keeps. Deterministic: the same trace gives the same bytes.
+ *
+ * @example writeFileSync("report.html", traceReport({ analysis: await analyseTrace(trace), tokens: await traceTokens(trace) }));
+ */
+export function traceReport(report: TraceReport): string {
+  const { analysis } = report;
+  const { model, layers, labels, tokens, sequences } = analysis;
+  const findings = traceFindings(analysis);
+  const dead = layers.reduce((sum, layer) => sum + layer.dead.length, 0);
+  const over = layers.reduce((sum, layer) => sum + layer.overloaded.length, 0);
+  const all = layers.reduce((sum, { experts }) => sum + experts, 0);
+  const series = [
+    { name: "evenness of the load", values: layers.map(({ loadEntropy }) => loadEntropy) },
+    ...(layers.some(({ entropy }) => entropy !== undefined)
+      ? [{ name: "entropy of a token's routing", values: layers.map(({ entropy }) => entropy) }]
+      : []),
+    ...(labels.length > 1 ? [{ name: "specialisation", values: layers.map(specialised) }] : []),
+  ];
+  const title = `Routing of ${model.name}`;
+  const lead = `${plural(tokens, "token")} through ${plural(layers.length, "layer")} that route${layers.length === 1 ? "s" : ""}: of ${plural(all, "expert")}, ${dead} dead and ${over} overloaded.`;
+  const about = [
+    ...(model.type === undefined ? [] : [`model type ${model.type}`]),
+    plural(sequences, "text"),
+    ...(labels.length > 0 ? [labels.map(({ name, tokens: n }) => `${name} (${plural(n, "token")})`).join(", ")] : []),
+  ];
+  const body =
+    tokens === 0
+      ? ""
+      : `
+<h2>Layer by layer</h2>
+${tableHtml(layers)}
+<figure>${legendHtml(series.map(({ name }) => name))}${layersFigure(
+          series,
+          layers.map(({ index, name }) => (name === undefined ? `${index}` : `${index} ${name.slice(0, 4)}.`)),
+        )}
+<figcaption>From 0 to 1 over the layers. Evenness: 1 all experts alike; entropy: 1 undecided, 0 certain.</figcaption></figure>
+<h2>Where the tokens went</h2>
+<p>Load of each expert as a multiple of an even share: 1.0 is even. × is an expert that no token chose; more than ${analysis.overload} × is
+overloaded, underlined or marked ▲.</p>
+${loadHtml(analysis)}
+<h2>Who works with whom</h2>
+${togetherHtml(analysis)}
+<h2>From layer to layer</h2>
+${transitionsHtml(analysis)}
+<h2>The text, coloured by expert</h2>
+${readingHtml(report)}`;
+  return `<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Switchyard: ${escapeHtml(title)}</title><style>${css}${traceCss}</style></head><body>
+<header><h1>${escapeHtml(title)}</h1>
+<p class="lead">${escapeHtml(lead)}</p>
+<p class="meta">${escapeHtml(about.join("; "))}.</p></header>
+<main><h2>What stands out</h2>
+<ul class="findings">${findings.map((one) => `<li>${escapeHtml(one)}</li>`).join("")}</ul>${body}</main>
+<script>${script}</script></body></html>
+`;
+}

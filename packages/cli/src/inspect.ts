@@ -1,0 +1,170 @@
+// `switchyard inspect`: what a checkpoint is made of, without loading it; with a text, what its routing does.
+import { mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { shortCount, traceFindings } from "@switchyard/bench";
+import { UnsupportedError } from "@switchyard/core";
+import {
+  analyseTrace,
+  type CheckpointSummary,
+  inspectCheckpoint,
+  openCheckpoint,
+  type TraceAnalysis,
+} from "@switchyard/models";
+import { type ArgsDef, defineCommand, renderUsage } from "citty";
+import { readArguments, shownBytes, table } from "./arguments.ts";
+import { interruptible } from "./interrupt.ts";
+import type { CommandLine } from "./main.ts";
+import { type ModelArguments, modelArgs, modelArguments, savedRouter, withModel } from "./model-arguments.ts";
+import { progressBar } from "./progress.ts";
+import { recordTexts, textArgs, textArguments } from "./recording.ts";
+import { routerFrom } from "./routers.ts";
+import type { Streams } from "./terminal.ts";
+import { reportOf, withTrace, writeReport } from "./trace.ts";
+
+const inspectArgs = {
+  ...textArgs,
+  out: { type: "string", alias: "o", description: "An HTML report of the routing, FILE.html", valueHint: "FILE" },
+  ...modelArgs,
+  json: { type: "boolean", description: "Print everything as JSON" },
+} as const satisfies ArgsDef;
+
+const inspectCommand = defineCommand({
+  meta: {
+    name: "switchyard inspect",
+    description: "What a checkpoint is made of, from its headers; with a text, what its routing does",
+  },
+  args: {
+    dir: { type: "positional", description: "A checkpoint in the Hugging Face layout", required: true },
+    ...inspectArgs,
+  },
+});
+
+const example = `
+EXAMPLE
+
+  switchyard inspect OLMoE-1B-7B
+  switchyard inspect OLMoE-1B-7B --text novel.txt --tokens 10000 --out routing.html
+
+Without a text no weights are read. Entropy: 0 a router is certain, 1 it is undecided; evenness: 1 all experts alike.
+`;
+
+async function summaryOf({ folder, followLinks, router }: ModelArguments): Promise<CheckpointSummary> {
+  const checkpoint = await openCheckpoint(folder, { followLinks });
+  try {
+    const specification = router ?? savedRouter(checkpoint.config);
+    const routers = specification === undefined ? [] : [(await routerFrom(specification)).plugin];
+    return inspectCheckpoint(checkpoint, { routers });
+  } finally {
+    await checkpoint.close();
+  }
+}
+
+const percent = (x: number, of: number): string => `${((100 * x) / Math.max(1, of)).toFixed(1)} %`;
+
+function summaryText(folder: string, summary: CheckpointSummary): string {
+  const { modelType, layers, width, vocabulary, context, parameters, bytes, parts, groups, expertBytes } = summary;
+  const range = ({ from, to }: { from: number; to: number }): string =>
+    from === to ? `layer ${from}` : `layers ${from} to ${to}`;
+  const wide = Math.max(...groups.map((group) => range(group).length));
+  const architecture = groups.flatMap((group) => [
+    `${range(group).padEnd(wide)}  attention     ${group.attention}`,
+    `${" ".repeat(wide)}  feed-forward  ${group.feedForward}`,
+  ]);
+  const rows = parts.map((part) => [
+    part.name,
+    shortCount(part.parameters),
+    shownBytes(part.bytes),
+    percent(part.bytes, bytes),
+    part.types.join(" "),
+  ]);
+  return [
+    `${folder} (${modelType}): ${layers} layers, width ${width}, vocabulary ${vocabulary}, context ${context}`,
+    "",
+    ...architecture,
+    "",
+    `parameters  ${shortCount(parameters.total)} in all, ${shortCount(parameters.active)} (${percent(parameters.active, parameters.total)}) active for a token`,
+    ...(expertBytes === undefined ? [] : [`one expert  ${shownBytes(expertBytes)}`]),
+    "",
+    table([
+      ["part", "parameters", "bytes", "share", "stored as"],
+      ...rows,
+      ["all", shortCount(parameters.total), shownBytes(bytes)],
+    ]),
+    "",
+  ].join("\n");
+}
+
+function routingText(analysis: TraceAnalysis): string {
+  const rows = analysis.layers.map((layer) => [
+    `layer ${layer.index}${layer.name === undefined ? "" : ` ${layer.name}`}`,
+    `${layer.experts}`,
+    layer.expertsPerToken.toFixed(2),
+    layer.imbalance.toFixed(2),
+    `${layer.dead.length}`,
+    `${layer.overloaded.length}`,
+    layer.loadEntropy.toFixed(2),
+    layer.entropy?.toFixed(2) ?? "",
+  ]);
+  const head = ["routing", "experts", "per token", "busiest", "dead", "overloaded", "evenness", "entropy"];
+  return `\n${table([head, ...rows])}\n\n${traceFindings(analysis)
+    .map((line) => `* ${line}`)
+    .join("\n")}\n`;
+}
+
+/** Runs the command. Answers the exit code. @throws UnsupportedError, CheckpointError, ShapeError for what a user can mend. */
+export async function inspect(rest: readonly string[], options: CommandLine, streams: Streams): Promise<number> {
+  if (rest.includes("--help") || rest.includes("-h")) {
+    streams.out(`${await renderUsage(inspectCommand)}\n${example}`);
+    return 0;
+  }
+  const given = readArguments("inspect", inspectArgs, rest);
+  const args = modelArguments("inspect", given);
+  const texts = textArguments(given);
+  const out = given.text("out");
+  if (out !== undefined && texts.texts.length === 0) {
+    throw new UnsupportedError("--out writes a report of the routing, which needs a text: --text FILE, or --ids 1,2,3");
+  }
+  const json = given.flag("json");
+  const summary = await summaryOf(args);
+  if (!json) streams.out(summaryText(args.folder, summary));
+  const print = (more: object): void =>
+    streams.out(`${JSON.stringify({ schema: "switchyard/inspect/1", folder: args.folder, ...summary, ...more })}\n`);
+  if (texts.texts.length === 0) {
+    if (json) print({});
+    return 0;
+  }
+  const bar = progressBar(streams);
+  const note = (): void => {
+    bar.end();
+    streams.error("Finishing this pass. Ctrl-C again ends at once.\n");
+  };
+  const folder = mkdtempSync(join(tmpdir(), "switchyard-inspect-"));
+  try {
+    return await interruptible(options, note, (signal) =>
+      withModel(args, async (open) => {
+        const path = join(folder, "run.trace");
+        const { expertBytes } = summary;
+        const { tokens, total } = await recordTexts(open, texts, { path, expertBytes, signal, bar });
+        if (tokens === 0) {
+          streams.error("Stopped before anything was routed.\n");
+          return 130;
+        }
+        return withTrace(path, async (trace) => {
+          const analysis = await analyseTrace(trace);
+          if (json) print({ complete: tokens === total, routing: analysis });
+          else streams.out(routingText(analysis));
+          if (out !== undefined) {
+            writeReport(out, await reportOf(trace, analysis, open.tokenizer));
+            if (!json) streams.out(`\nReport: ${out}\n`);
+          }
+          if (tokens === total) return 0;
+          streams.error(`Stopped after ${Math.floor((100 * tokens) / total)} %.\n`);
+          return 130;
+        });
+      }),
+    );
+  } finally {
+    rmSync(folder, { recursive: true, force: true });
+  }
+}
