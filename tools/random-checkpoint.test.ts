@@ -30,7 +30,8 @@ test("writes what a config asks for, in shards", async () => {
 test("says what is wrong", async () => {
   expect(await run("--help")).toContain("--shard-size");
   await expect(run(fixture)).rejects.toThrow(/two arguments are needed, found 1/);
-  await expect(run(join(home, "none"), home)).rejects.toThrow(/ENOENT/);
+  await expect(run(join(home, "none"), home)).rejects.toThrow(/there is no .*none; name a config\.json/);
+  await expect(run(home, join(home, "x"))).rejects.toThrow(/there is no .*config\.json; name/);
   await expect(run(fixture, home, "--dtype", "F8")).rejects.toThrow(/--dtype must be F32, BF16 or F16, found F8/);
   await expect(run(fixture, home, "--shard-size", "5 apples")).rejects.toThrow(/write it like 3GB/);
   await expect(run(fixture, home, "--seed", "x")).rejects.toThrow(/seed is NaN/);

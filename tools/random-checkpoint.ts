@@ -1,7 +1,7 @@
 // npm run random-checkpoint -- CONFIG OUT [--dtype BF16] [--seed 0] [--scale 0.02] [--shard-size 5GB]: writes a checkpoint of random weights
 // in the Hugging Face layout into the folder OUT, as CONFIG (a config.json of a family that Switchyard knows, or a folder with one)
 // asks for it. The same options give the same bytes.
-import { readFileSync, statSync } from "node:fs";
+import { existsSync, readFileSync, statSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { parseArgs } from "node:util";
 import type { Json } from "@switchyard/core";
@@ -42,7 +42,8 @@ export async function writeRandom(args: readonly string[], say: (line: string) =
     string,
     string,
   ];
-  const path = statSync(from).isDirectory() ? join(from, "config.json") : from;
+  const path = statSync(from, { throwIfNoEntry: false })?.isDirectory() ? join(from, "config.json") : from;
+  if (!existsSync(path)) throw new Error(`there is no ${path}; name a config.json, or a folder with one`);
   const content: { readonly [key: string]: Json } = JSON.parse(readFileSync(path, "utf8"));
   const architecture = architectures.find(({ modelTypes }) => modelTypes.some((one) => one === content.model_type));
   if (!architecture) {

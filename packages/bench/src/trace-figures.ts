@@ -36,7 +36,7 @@ export function grouped(values: readonly number[], most: number): number[] {
 
 export interface HeatRow {
   readonly name: string;
-  /** By expert, times an even share; null: the layer does not have this expert. */
+  /** By expert, times an even share; layers with fewer experts have shorter rows. */
   readonly times: readonly number[];
 }
 
@@ -148,7 +148,7 @@ export function squaresFigure(squares: readonly Square[]): string {
           : "",
       ).join("");
     // Axis texts of large squares keep their size: the unit grows with the square.
-    const font = numbers ? 9 : Math.max(columns, height) * 0.85;
+    const font = numbers ? 8 : Math.max(columns, height) * 0.85;
     const edge = 2.2 * font;
     const box = `viewBox="${-edge} ${-edge} ${20 * columns + edge} ${20 * height + edge}"`;
     const frame = `<rect width="${20 * columns}" height="${20 * height}" fill="none" stroke="var(--rule)" stroke-width="${font / 9}"/>`;

@@ -250,7 +250,7 @@ function loadHtml({ layers, labels, overload }: ReportAnalysis): string {
     const greatest = Math.max(0, ...rows.map(({ times: own }) => own.reduce((a, b) => Math.max(a, b), 0)));
     const label = `Load of every expert by layer, ${title}; greatest ${greatest.toFixed(1)} times an even share`;
     const legend = strengthLegend("0", `${Math.max(overload, greatest).toFixed(1)} ×`);
-    return `${heatFigure(rows, { overload, label })}<figcaption>${capital(title)}. ${legend}</figcaption>`;
+    return `${heatFigure(rows, { overload, label })}<figcaption>${escapeHtml(capital(title))}. ${legend}</figcaption>`;
   };
   const shown = labels
     .map((label, i) => ({ ...label, i }))
@@ -260,7 +260,7 @@ function loadHtml({ layers, labels, overload }: ReportAnalysis): string {
     .slice(0, mostLabels)
     .map(
       ({ name, tokens, i }) =>
-        `<figure><h3>${escapeHtml(name)}</h3>${figure(`${plural(tokens, "token")} of ${escapeHtml(name)}`, (layer) => layer.loadByLabel?.[i] ?? [])}</figure>`,
+        `<figure><h3>${escapeHtml(name)}</h3>${figure(`${plural(tokens, "token")} of ${name}`, (layer) => layer.loadByLabel?.[i] ?? [])}</figure>`,
     );
   const rest =
     shown.length > mostLabels
@@ -318,12 +318,18 @@ function transitionsHtml({ layers, transitions }: ReportAnalysis): string {
       },
     ];
   });
-  const told = transitions.map(({ to, told: share }) => `${layers[to]?.index ?? to}: ${percent(share)}`);
+  const shares = transitions.map(({ told }) => told);
+  const told =
+    transitions.length > 12
+      ? `${percent(Math.min(...shares))} to ${percent(Math.max(...shares))}`
+      : transitions
+          .map(({ to, told: share }) => `${layerName(layers[to] as ReportLayer)} ${percent(share)}`)
+          .join(", ");
   const left =
     transitions.length > mostSquares ? ` ${mostSquares} of ${transitions.length} transitions are shown.` : "";
   return (
     `${squaresFigure(squares)}<p class="note">Rows: a token's leading expert in one layer; columns: in the next; per cent of the row's ` +
-    `tokens. Strong cells are paths that many tokens take.${left} How much one layer tells about the next, by the next layer's number: ${told.join(", ")}.</p>`
+    `tokens. Strong cells are paths that many tokens take.${left} What the layer before tells about it: ${told.replaceAll(" %", "\u00a0%")}.</p>`
   );
 }
 
@@ -457,12 +463,14 @@ for (const box of document.querySelectorAll(".reading.trace")) {
     for (let s = at; s < at + kept; s++) if (ids[k][s] !== none) found.push([ids[k][s], weights[k] ? weights[k][s] / 255 * (k ? 1 : scale) : null]);
     return found;
   };
-  const add = (parent, string) => {
+  const add = (parent, string, kind = data.plain ? " id" : "") => {
     const span = document.createElement("span");
-    span.className = "t" + (data.plain ? " id" : "");
-    span.textContent = string === "" ? "▫" : string.replaceAll("\\n", "↵\\n");
+    span.className = "t" + kind;
+    // A line ends after the token's number, not before it.
+    const lines = /\\n*$/.exec(string)[0];
+    span.textContent = (string === "" ? "▫" : string.slice(0, string.length - lines.length).replaceAll("\\n", "↵\\n")) + "↵".repeat(lines.length);
     span.i = spans.push(span) - 1;
-    parent.append(span);
+    parent.append(span, lines);
   };
   const head = (string) => { const b = document.createElement("span"); b.className = "from"; b.textContent = string; text.append(b); };
   let at = 0;
@@ -475,7 +483,7 @@ for (const box of document.querySelectorAll(".reading.trace")) {
   if (data.stretches.from.length) {
     head("the rest, in blocks of up to " + data.stretches.sizes[0] + " tokens");
     const div = document.createElement("div");
-    for (const _ of data.stretches.from) add(div, "\\u2007\\u2007");
+    for (const _ of data.stretches.from) add(div, "\\u2007\\u2007", " block");
     text.append(div);
   }
   let lit = null, on = -1;
@@ -502,14 +510,16 @@ for (const box of document.querySelectorAll(".reading.trace")) {
     spans[i].classList.add("on");
     const [k, j] = part(i), name = document.createElement("b");
     name.textContent = k ? "tokens " + (data.stretches.from[j] + 1) + " to " + (data.stretches.from[j] + data.stretches.sizes[j]) : JSON.stringify(data.texts[j]);
-    const list = document.createElement("span");
+    const words = (l) => data.layers[l] + ": " + (routes(i, l).map(([e, w]) => e + (w === null ? "" : " (" + (k ? Math.round(100 * w) + " %" : w.toFixed(2)) + ")")).join(", ") || "no expert");
+    const list = document.createElement("span"), chosen = document.createElement("b");
+    chosen.textContent = words(Number(choice.value));
     list.className = "routes";
-    data.layers.forEach((layer, l) => {
+    data.layers.forEach((_, l) => {
       const line = document.createElement("span");
-      line.textContent = layer + ": " + (routes(i, l).map(([e, w]) => e + (w === null ? "" : " (" + (k ? Math.round(100 * w) + " %" : w.toFixed(2)) + ")")).join(", ") || "no expert");
+      line.textContent = words(l);
       list.append(line);
     });
-    detail.replaceChildren(name, " ", list);
+    detail.replaceChildren(name, " ", chosen, list);
   };
   const pointed = (event) => { if (event.target.i !== undefined) show(event.target.i); };
   text.addEventListener("pointerover", pointed);
@@ -527,13 +537,13 @@ for (const box of document.querySelectorAll(".reading.trace")) {
 
 const traceCss = `
 .cells { stroke: var(--heat); fill: none; } .axis { fill: var(--ink); font-size: 11px; }
-.squares { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: 1rem 1.4rem; margin: 1rem 0; }
+.squares { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 46%), 1fr)); gap: 1rem; margin: 1rem 0; }
 .square { margin: 0; min-width: 0; } .square h3 { margin: 0 0 .2rem; font-size: .9rem; font-weight: 600; }
 .strengths { display: inline-flex; gap: .4rem; align-items: center; white-space: nowrap; }
 .strengths .plot { display: inline-block; width: 7rem; height: .7rem; border: 1px solid var(--rule); }
 .trace .sample { max-height: 34rem; outline-offset: 2px; } .trace .sample > div { margin-bottom: .8rem; }
 .trace .chips { max-height: 7.2rem; overflow-y: auto; gap: .3rem; padding: .2rem; }
-.trace .t { padding: .1em 0; } .trace .t.id { margin-right: .35em; padding: .1em .2em; }
+.trace .t { padding: .1em 0; box-shadow: -1px 0 0 var(--panel); } .trace .t.block { display: inline-block; } .trace .t.id { margin-right: .35em; padding: .1em .2em; }
 .trace .numbers .t::after { padding-left: .15em; padding-right: .1em; font-weight: 600; opacity: .9; }
 .trace .detail { position: sticky; bottom: 0; background: var(--paper); padding: .5rem 0; max-height: 40vh; overflow-y: auto; border-top: 1px solid var(--rule); }
 .routes { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)); gap: 0 1rem; }

@@ -20,6 +20,8 @@ describe("readArguments", () => {
       ...[undefined, false, [], undefined],
     ]);
     expect(read("--", "--name").positionals).toEqual(["--name"]);
+    expect(read("--name=--json").text("name")).toBe("--json");
+    expect(read("--name", "--other").text("name")).toBe("--other");
   });
   test("reads numbers, choices, lists, ids and sizes", () => {
     expect(read("--name", "-1.5e-3").number("name", { from: -1 })).toBe(-0.0015);
@@ -35,6 +37,7 @@ describe("readArguments", () => {
     [["--name"], /--name takes a value; see switchyard try --help/],
     [["--name="], /--name takes a value/],
     [["--json=no"], /--json takes no value/],
+    [["--name", "--json"], /--name takes a value, found the option --json; .* written --name=--json/],
   ])("refuses %j", (rest, message) => {
     expect(() => read(...rest)).toThrow(message);
   });

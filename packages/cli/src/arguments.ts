@@ -92,6 +92,15 @@ export function readArguments(command: string, spec: ArgsDef, rest: readonly str
     if (texts.length < list.length || texts.includes("")) {
       throw new UnsupportedError(`--${name} takes a value; see switchyard ${command} --help`);
     }
+    // `--prompt --json` would take the next option for a text; `--prompt=--json` says that it is one.
+    const swallowed = texts.find(
+      (one) => one.startsWith("--") && known.has(one.slice(2)) && !rest.includes(`--${name}=${one}`),
+    );
+    if (swallowed !== undefined) {
+      throw new UnsupportedError(
+        `--${name} takes a value, found the option ${swallowed}; a value of that name is written --${name}=${swallowed}`,
+      );
+    }
     given.set(name, texts);
   }
   const text = (name: string): string | undefined => {

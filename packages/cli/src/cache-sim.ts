@@ -10,9 +10,10 @@ import {
   simulateCache,
   type TraceChunk,
 } from "@switchyard/models";
-import { type ArgsDef, defineCommand, renderUsage } from "citty";
+import { type ArgsDef, defineCommand } from "citty";
 import { byteSize, exactly, readArguments, shownBytes, table } from "./arguments.ts";
 import type { Streams } from "./terminal.ts";
+import { usageText } from "./usage.ts";
 
 const cacheArgs = {
   "experts-per-layer": {
@@ -77,7 +78,7 @@ const numbersOf = ({ capacity, total }: CacheResult): string[] => [
 /** Runs the command. Answers the exit code. @throws UnsupportedError, CheckpointError, ShapeError for what a user can mend. */
 export async function cacheSim(rest: readonly string[], streams: Streams): Promise<number> {
   if (rest.includes("--help") || rest.includes("-h")) {
-    streams.out(`${await renderUsage(cacheCommand)}\n${example}`);
+    streams.out(`${await usageText(cacheCommand)}\n${example}`);
     return 0;
   }
   const given = readArguments("cache-sim", cacheArgs, rest);

@@ -1,7 +1,6 @@
 // `switchyard chat`: a conversation with a checkpoint in the terminal, or line by line from a pipe.
 import { writeFile } from "node:fs/promises";
 import { createInterface } from "node:readline";
-import { setImmediate as soon } from "node:timers/promises";
 import { CheckpointError, ShapeError, UnsupportedError } from "@switchyard/core";
 import { type ChatMessage, type Ending, generate, type Tokenizer } from "@switchyard/models";
 import { type ArgsDef, defineCommand, renderUsage } from "citty";
@@ -154,8 +153,6 @@ async function reply(
       tokens++;
       text += value.text;
       show(value.text);
-      // Backends on the processor never wait for anything: Ctrl-C is heard here.
-      await soon();
     }
   } catch (error) {
     if (!signal.aborted) throw error;

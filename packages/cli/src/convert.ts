@@ -1,11 +1,12 @@
 // `switchyard convert`: another float type, other shards, the other layout of experts, and a certificate of what went where.
 import { type ConvertCertificate, convertCheckpoint, floatTypes } from "@switchyard/models";
-import { type ArgsDef, defineCommand, renderUsage } from "citty";
+import { type ArgsDef, defineCommand } from "citty";
 import { exactly, readArguments, shownBytes } from "./arguments.ts";
 import { interruptible } from "./interrupt.ts";
 import type { CommandLine } from "./main.ts";
 import { progressBar } from "./progress.ts";
 import type { Streams } from "./terminal.ts";
+import { usageText } from "./usage.ts";
 
 const convertArgs = {
   dtype: {
@@ -104,7 +105,7 @@ const stages = { writing: "Writing", comparing: "Comparing", checksums: "Checksu
 /** Runs the command. Answers the exit code. @throws UnsupportedError, CheckpointError for what a user can mend. */
 export async function convert(rest: readonly string[], options: CommandLine, streams: Streams): Promise<number> {
   if (rest.includes("--help") || rest.includes("-h")) {
-    streams.out(`${await renderUsage(convertCommand)}\n${example}`);
+    streams.out(`${await usageText(convertCommand)}\n${example}`);
     return 0;
   }
   const given = readArguments("convert", convertArgs, rest);

@@ -1,8 +1,7 @@
 // `switchyard eval`: how well a model foretells a text.
-import { readFileSync } from "node:fs";
-import { CheckpointError, UnsupportedError } from "@switchyard/core";
+import { UnsupportedError } from "@switchyard/core";
 import { type EvaluateProgress, type Evaluation, evaluateText, evaluateTokens } from "@switchyard/models";
-import { type ArgsDef, defineCommand, renderUsage } from "citty";
+import { type ArgsDef, defineCommand } from "citty";
 import { readArguments, tokenIds } from "./arguments.ts";
 import { interruptible } from "./interrupt.ts";
 import type { CommandLine } from "./main.ts";
@@ -18,6 +17,8 @@ import {
 } from "./model-arguments.ts";
 import { progressBar } from "./progress.ts";
 import type { Streams } from "./terminal.ts";
+import { readText } from "./text-file.ts";
+import { usageText } from "./usage.ts";
 
 const evalArgs = {
   text: { type: "string", description: "A text file in UTF-8", valueHint: "FILE" },
@@ -62,22 +63,6 @@ EXAMPLE
 Ctrl-C ends it with the figures of what has been read so far.
 `;
 
-function read(path: string): string {
-  let bytes: Uint8Array;
-  try {
-    bytes = readFileSync(path);
-  } catch (cause) {
-    const missing = cause instanceof Error && "code" in cause && cause.code === "ENOENT";
-    const why = missing ? "there is no such file" : cause instanceof Error ? cause.message : String(cause);
-    throw new CheckpointError(`cannot read ${path}: ${why}`, { cause });
-  }
-  try {
-    return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
-  } catch (cause) {
-    throw new UnsupportedError(`${path} is no text in UTF-8`, { cause });
-  }
-}
-
 function figures({ tokens, scored, windows, bytes, perplexity, bitsPerToken, bitsPerByte }: Evaluation): string {
   const lines = [
     `perplexity      ${perplexity.toFixed(4)}`,
@@ -91,7 +76,7 @@ function figures({ tokens, scored, windows, bytes, perplexity, bitsPerToken, bit
 /** Runs the command. Answers the exit code. @throws UnsupportedError, CheckpointError, ShapeError for what a user can mend. */
 export async function evaluate(rest: readonly string[], options: CommandLine, streams: Streams): Promise<number> {
   if (rest.includes("--help") || rest.includes("-h")) {
-    streams.out(`${await renderUsage(evalCommand)}\n${example}`);
+    streams.out(`${await usageText(evalCommand)}\n${example}`);
     return 0;
   }
   const given = readArguments("eval", evalArgs, rest);
@@ -103,8 +88,8 @@ export async function evaluate(rest: readonly string[], options: CommandLine, st
   }
   const [context, stride] = [given.whole("context", { from: 2 }), given.whole("stride", { from: 1 })];
   const chunk = given.whole("chunk", { from: 1 });
-  const text = textFile === undefined ? undefined : read(textFile);
-  const ids = idsFile === undefined ? undefined : tokenIds(idsFile, read(idsFile));
+  const text = textFile === undefined ? undefined : readText(textFile);
+  const ids = idsFile === undefined ? undefined : tokenIds(idsFile, readText(idsFile));
   const bar = progressBar(streams);
   return interruptible(
     options,

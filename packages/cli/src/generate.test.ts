@@ -250,7 +250,9 @@ test("explains itself, every strategy with its options", async () => {
   expect(code).toBe(0);
   for (const part of ["--prompt", "--ids", "--stream", "--memory", "EXAMPLE"]) expect(out).toContain(part);
   for (const name of strategyNames)
-    expect(out).toContain(`  ${name.padEnd(18)}${optionsOf[name].map((one) => `--${one}`).join(" ")}`);
+    expect(out.replace(/\n {20}/g, " ")).toContain(
+      `  ${name.padEnd(18)}${optionsOf[name].map((one) => `--${one}`).join(" ")}`,
+    );
 });
 
 test.each([
@@ -274,6 +276,10 @@ test.each([
   [["a", "--ids", "1", "--policy", "lru"], /--policy says which experts are kept in --memory/],
   [["a", "--ids", "1"], /a has no config\.json/],
   [[fixture("olmoe"), "--ids", "1", "--chat"], /--chat takes --prompt TEXT/],
+  [
+    [fixture("olmoe"), "--ids", "1", "--router", "topK:k=1"],
+    /--router is for models in our own layout; .*olmoe has model_type "olmoe".*leave it out/,
+  ],
 ])("refuses %j", async (args, message) => {
   const { code, out, error } = await run(...args);
   expect([code, out]).toEqual([1, ""]);

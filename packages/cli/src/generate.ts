@@ -1,8 +1,7 @@
 // `switchyard generate`: text from a checkpoint, by any decoding strategy.
-import { setImmediate as soon } from "node:timers/promises";
 import { UnsupportedError } from "@switchyard/core";
 import { type Ending, type GeneratedToken, generate as generateTokens } from "@switchyard/models";
-import { type ArgsDef, defineCommand, renderUsage } from "citty";
+import { type ArgsDef, defineCommand } from "citty";
 import { type Given, readArguments } from "./arguments.ts";
 import { interruptible } from "./interrupt.ts";
 import type { CommandLine } from "./main.ts";
@@ -22,6 +21,7 @@ import {
 } from "./model-arguments.ts";
 import { chosenStrategy, optionsOf, strategyArgs, strategyNames } from "./strategies.ts";
 import type { Streams } from "./terminal.ts";
+import { usageText, wrapped } from "./usage.ts";
 
 const generateArgs = {
   prompt: {
@@ -66,7 +66,7 @@ const generateCommand = defineCommand({
 });
 
 const strategyLines = strategyNames.map((name) => {
-  return `  ${name.padEnd(18)}${optionsOf[name].map((option) => `--${option}`).join(" ")}`;
+  return wrapped(`  ${name}`, optionsOf[name].map((option) => `--${option}`).join(" "), 20);
 });
 const example = `
 STRATEGIES and their options
@@ -117,7 +117,7 @@ export function withAmateur<T>(
 /** Runs the command. Answers the exit code. @throws UnsupportedError, CheckpointError, ShapeError for what a user can mend. */
 export async function generate(rest: readonly string[], options: CommandLine, streams: Streams): Promise<number> {
   if (rest.includes("--help") || rest.includes("-h")) {
-    streams.out(`${await renderUsage(generateCommand)}\n${example}`);
+    streams.out(`${await usageText(generateCommand)}\n${example}`);
     return 0;
   }
   const given = readArguments("generate", generateArgs, rest);
@@ -161,8 +161,6 @@ export async function generate(rest: readonly string[], options: CommandLine, st
               }
               if (stream) streams.out(tokenizer ? value.text : `${tokens.length > 0 ? "," : ""}${value.id}`);
               tokens.push(value);
-              // Backends on the processor never wait for anything: Ctrl-C is heard here.
-              await soon();
             }
           });
         } catch (error) {

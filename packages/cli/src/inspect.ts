@@ -4,21 +4,14 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { shortCount, traceFindings } from "@switchyard/bench";
 import { UnsupportedError } from "@switchyard/core";
-import {
-  analyseTrace,
-  type CheckpointSummary,
-  inspectCheckpoint,
-  openCheckpoint,
-  type TraceAnalysis,
-} from "@switchyard/models";
+import { analyseTrace, type CheckpointSummary, type TraceAnalysis } from "@switchyard/models";
 import { type ArgsDef, defineCommand, renderUsage } from "citty";
 import { readArguments, shownBytes, table } from "./arguments.ts";
 import { interruptible } from "./interrupt.ts";
 import type { CommandLine } from "./main.ts";
-import { type ModelArguments, modelArgs, modelArguments, savedRouter, withModel } from "./model-arguments.ts";
+import { modelArgs, modelArguments, withModel } from "./model-arguments.ts";
 import { progressBar } from "./progress.ts";
-import { recordTexts, textArgs, textArguments } from "./recording.ts";
-import { routerFrom } from "./routers.ts";
+import { recordTexts, summaryOf, textArgs, textArguments } from "./recording.ts";
 import type { Streams } from "./terminal.ts";
 import { reportOf, withTrace, writeReport } from "./trace.ts";
 
@@ -48,17 +41,6 @@ EXAMPLE
 
 Without a text no weights are read. Entropy: 0 a router is certain, 1 it is undecided; evenness: 1 all experts alike.
 `;
-
-async function summaryOf({ folder, followLinks, router }: ModelArguments): Promise<CheckpointSummary> {
-  const checkpoint = await openCheckpoint(folder, { followLinks });
-  try {
-    const specification = router ?? savedRouter(checkpoint.config);
-    const routers = specification === undefined ? [] : [(await routerFrom(specification)).plugin];
-    return inspectCheckpoint(checkpoint, { routers });
-  } finally {
-    await checkpoint.close();
-  }
-}
 
 const percent = (x: number, of: number): string => `${((100 * x) / Math.max(1, of)).toFixed(1)} %`;
 

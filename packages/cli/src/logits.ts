@@ -2,7 +2,7 @@
 import { basename, dirname } from "node:path";
 import { UnsupportedError } from "@switchyard/core";
 import { encodeSafetensors, type RecordedTensor, recordedSources, recordLogits, saveFiles } from "@switchyard/models";
-import { type ArgsDef, defineCommand, renderUsage } from "citty";
+import { type ArgsDef, defineCommand } from "citty";
 import { readArguments, shownBytes, table } from "./arguments.ts";
 import {
   modelArgs,
@@ -14,6 +14,7 @@ import {
   withModel,
 } from "./model-arguments.ts";
 import type { Streams } from "./terminal.ts";
+import { usageText } from "./usage.ts";
 
 const logitsArgs = {
   ids: { type: "string", description: "Token ids of the prompt, separated by commas", valueHint: "1,2,3" },
@@ -83,7 +84,7 @@ function largestIds({ data, shape: [tokens = 0, vocabulary = 0] }: RecordedTenso
 /** Runs the command. Answers the exit code. @throws UnsupportedError, CheckpointError, ShapeError for what a user can mend. */
 export async function logits(rest: readonly string[], streams: Streams): Promise<number> {
   if (rest.includes("--help") || rest.includes("-h")) {
-    streams.out(`${await renderUsage(logitsCommand)}\n${example}`);
+    streams.out(`${await usageText(logitsCommand)}\n${example}`);
     return 0;
   }
   const given = readArguments("logits", logitsArgs, rest);

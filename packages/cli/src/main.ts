@@ -2,7 +2,7 @@
 import { basename, join } from "node:path";
 import { type Corpus, tableText } from "@switchyard/bench";
 import { CheckpointError, DeviceError, MissingPackageError, ShapeError, UnsupportedError } from "@switchyard/core";
-import { type ArgsDef, defineCommand, parseArgs, renderUsage } from "citty";
+import { type ArgsDef, defineCommand, parseArgs } from "citty";
 import { backendNames } from "./backends.ts";
 import { cacheSim } from "./cache-sim.ts";
 import { chat } from "./chat.ts";
@@ -18,6 +18,7 @@ import { serve } from "./serve/serve.ts";
 import { display, processStreams, type Streams } from "./terminal.ts";
 import { trace } from "./trace.ts";
 import { type Outcome, shownPath, train } from "./train.ts";
+import { usageText } from "./usage.ts";
 
 export interface CommandLine {
   /** Text for `train` without paths. */
@@ -79,16 +80,16 @@ const trainCommand = defineCommand({
 
 const overview = `switchyard: Mixture-of-Experts in TypeScript
 
-  switchyard train PATH...      train small language models on text and compare their routers
+  switchyard train PATH...      train small language models, compare routers
   switchyard generate DIR       generate text from a checkpoint
   switchyard chat DIR           talk with a checkpoint that has a chat template
   switchyard serve DIR          answer over HTTP, in the form of OpenAI's API
-  switchyard eval DIR           perplexity and bits per byte of a checkpoint on a text
-  switchyard inspect DIR        what a checkpoint is made of; with a text, what its routing does
-  switchyard trace DIR          record the routing of a text; diff and report of such records
-  switchyard logits DIR         write everything a checkpoint computes for a prompt, to compare
-  switchyard convert DIR OUT    rewrite a checkpoint: float type, shards, layout of experts
-  switchyard cache-sim TRACE    predict what a cache of experts holds and reads, from a routing trace
+  switchyard eval DIR           perplexity and bits per byte on a text
+  switchyard inspect DIR        what it is made of, and how it routes a text
+  switchyard trace DIR          record the routing of a text; diff, report
+  switchyard logits DIR         everything a checkpoint computes, as a file
+  switchyard convert DIR OUT    rewrite it: float type, shards, layout
+  switchyard cache-sim TRACE    what a cache of experts would hold and read
 
 Each command explains itself with --help.
 `;
@@ -121,7 +122,7 @@ export async function main(argv: readonly string[], options: CommandLine = {}): 
   const streams = options.streams ?? processStreams();
   const [command, ...rest] = argv;
   try {
-    if (command === undefined || command === "--help" || command === "help") {
+    if (command === undefined || command === "--help" || command === "-h" || command === "help") {
       streams.out(overview);
       return 0;
     }
@@ -150,7 +151,7 @@ function errorText(error: unknown): string {
 async function trainFrom(rest: readonly string[], options: CommandLine, streams: Streams): Promise<number> {
   const { command = "switchyard train" } = options;
   if (rest.includes("--help") || rest.includes("-h")) {
-    const usage = await renderUsage(trainCommand);
+    const usage = await usageText(trainCommand);
     streams.out(`${usage}\n${example.replaceAll("switchyard train", command)}`);
     return 0;
   }

@@ -108,6 +108,10 @@ export async function withModel<T>(args: ModelArguments, act: (open: OpenModel) 
   let ours = true;
   try {
     const { config } = checkpoint;
+    if (args.router !== undefined && config.model_type !== "switchyard") {
+      const found = `model_type ${JSON.stringify(config.model_type ?? null)}, which says itself how it routes`;
+      throw new UnsupportedError(`--router is for models in our own layout; ${folder} has ${found}: leave it out`);
+    }
     const specification = args.router ?? savedRouter(config);
     const routers = specification === undefined ? [] : [(await routerFrom(specification)).plugin];
     const generation = (await checkpoint.json("generation_config.json")) ?? {};

@@ -16,6 +16,8 @@ test.each([
   ["eval", "How well a model foretells a text"],
   ["logits", "Comparing with other programs"],
   ["convert", "Converting checkpoints"],
+  ["inspect", "Looking into a model"],
+  ["trace", "Looking into a model"],
   ["cache-sim", "How large a cache of experts must be"],
 ])("%s", async (command, title) => {
   const { out } = await runCommand([command, "--help"]);

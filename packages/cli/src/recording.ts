@@ -2,12 +2,22 @@
 import { createHash } from "node:crypto";
 import { existsSync, readFileSync, rmSync } from "node:fs";
 import { basename, join } from "node:path";
-import { CheckpointError, type Json, UnsupportedError } from "@switchyard/core";
-import { traced, traceFile, traceRecorder } from "@switchyard/models";
+import { CheckpointError, type Json, ShapeError, UnsupportedError } from "@switchyard/core";
+import {
+  type CheckpointSummary,
+  inspectCheckpoint,
+  openCheckpoint,
+  type Tokenizer,
+  traced,
+  traceFile,
+  traceRecorder,
+} from "@switchyard/models";
 import type { ArgsDef } from "citty";
 import { type Given, tokenIds } from "./arguments.ts";
-import { modelName, needTokenizer, type OpenModel } from "./model-arguments.ts";
+import { type ModelArguments, modelName, needTokenizer, type OpenModel, savedRouter } from "./model-arguments.ts";
 import type { ProgressBar } from "./progress.ts";
+import { routerFrom } from "./routers.ts";
+import { readText } from "./text-file.ts";
 
 export const textArgs = {
   text: {
@@ -31,23 +41,6 @@ export interface TextArguments {
   readonly context: number | undefined;
 }
 
-/** A text in UTF-8. @throws CheckpointError, UnsupportedError that name the file. */
-function readText(path: string): string {
-  let bytes: Uint8Array;
-  try {
-    bytes = readFileSync(path);
-  } catch (cause) {
-    const missing = cause instanceof Error && "code" in cause && cause.code === "ENOENT";
-    const why = missing ? "there is no such file" : cause instanceof Error ? cause.message : String(cause);
-    throw new CheckpointError(`cannot read ${path}: ${why}`, { cause });
-  }
-  try {
-    return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
-  } catch (cause) {
-    throw new UnsupportedError(`${path} is no text in UTF-8`, { cause });
-  }
-}
-
 /** The texts of --text or --ids; none where neither is given. @throws UnsupportedError, CheckpointError. */
 export function textArguments(given: Given): TextArguments {
   const files = given.texts("text");
@@ -68,6 +61,30 @@ export function textArguments(given: Given): TextArguments {
     tokens: given.whole("tokens", { from: 1 }),
     context: given.whole("context", { from: 1 }),
   };
+}
+
+/** What a checkpoint is made of; nothing of its weights is read. */
+export async function summaryOf({ folder, followLinks, router }: ModelArguments): Promise<CheckpointSummary> {
+  const checkpoint = await openCheckpoint(folder, { followLinks });
+  try {
+    const specification = router ?? savedRouter(checkpoint.config);
+    const routers = specification === undefined ? [] : [(await routerFrom(specification)).plugin];
+    return inspectCheckpoint(checkpoint, { routers });
+  } finally {
+    await checkpoint.close();
+  }
+}
+
+/** The text of a token as it stands inside a text, with the space in front that some tokenizers drop at the beginning. */
+function tokenText(tokenizer: Tokenizer, id: number): string {
+  try {
+    const text = new TextDecoder().decode(tokenizer.bytes([id]));
+    return text === "" ? tokenizer.decode([id]) : text;
+  } catch (error) {
+    // Tokens that are no bytes (WordPiece).
+    if (ShapeError.isInstance(error)) return tokenizer.decode([id]);
+    throw error;
+  }
 }
 
 interface Window {
@@ -129,7 +146,7 @@ export async function recordTexts(
   const distinct = [...new Set(windows.flatMap(({ ids }) => ids))];
   const tokens: { [id: string]: Json } = {};
   for (const id of tokenizer ? distinct : []) {
-    if (tokenizer && id < tokenizer.vocabulary) tokens[id] = tokenizer.decode([id]);
+    if (tokenizer && id < tokenizer.vocabulary) tokens[id] = tokenText(tokenizer, id);
   }
   const file = join(folder, "tokenizer.json");
   const hash = tokenizer && existsSync(file) ? createHash("sha256").update(readFileSync(file)).digest("hex") : null;

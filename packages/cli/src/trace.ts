@@ -23,7 +23,7 @@ import { interruptible } from "./interrupt.ts";
 import type { CommandLine } from "./main.ts";
 import { modelArgs, modelArguments, modelName, withModel } from "./model-arguments.ts";
 import { progressBar } from "./progress.ts";
-import { recordTexts, textArgs, textArguments } from "./recording.ts";
+import { recordTexts, summaryOf, textArgs, textArguments } from "./recording.ts";
 import type { Streams } from "./terminal.ts";
 
 const recordArgs = {
@@ -136,6 +136,7 @@ export async function trace(rest: readonly string[], options: CommandLine, strea
   if (texts.texts.length === 0) {
     throw new UnsupportedError("trace needs a text: --text FILE, or --ids 1,2,3; found neither");
   }
+  const { expertBytes } = await summaryOf(args);
   const bar = progressBar(streams);
   const note = (): void => {
     bar.end();
@@ -143,7 +144,8 @@ export async function trace(rest: readonly string[], options: CommandLine, strea
   };
   return interruptible(options, note, (signal) =>
     withModel(args, async (open) => {
-      const { tokens, total } = await recordTexts(open, texts, { path, logits: given.flag("logits"), signal, bar });
+      const how = { path, expertBytes, logits: given.flag("logits"), signal, bar };
+      const { tokens, total } = await recordTexts(open, texts, how);
       if (tokens === 0) {
         streams.error("Stopped before anything was recorded.\n");
         return 130;

@@ -4,6 +4,7 @@ import {
   add,
   affine,
   cast,
+  dispose,
   type Engine,
   hostConstant,
   layerNorm,
@@ -44,6 +45,7 @@ import type { AttentionModule, Turns } from "./attention/kind.ts";
 import { latentAttention } from "./attention/latent.ts";
 import { mixtureAttention } from "./attention/mixture.ts";
 import type { Blueprint, LayerBlueprint } from "./blueprint.ts";
+import { breathe } from "./breathe.ts";
 import { TransformerCache } from "./cache.ts";
 import { expertSet } from "./feed-forward.ts";
 import type { ForwardOptions, KvCache, Model, RoutingPlace } from "./model.ts";
@@ -266,11 +268,16 @@ export function buildDecoder(
         if (found) x.dispose();
         return found ?? x;
       });
-    const [params, buffers] = [swap(router.params, "router"), swap(router.buffers, "buffers")];
-    return Object.create(router, {
-      params: { value: params, enumerable: true },
-      buffers: { value: buffers, enumerable: true },
-    });
+    try {
+      const [params, buffers] = [swap(router.params, "router"), swap(router.buffers, "buffers")];
+      return Object.create(router, {
+        params: { value: params, enumerable: true },
+        buffers: { value: buffers, enumerable: true },
+      });
+    } catch (error) {
+      dispose([router.params, router.buffers]);
+      throw error;
+    }
   };
   const enlist = (plugin: RouterPlugin, router: Router, place: RoutingPlace): number => {
     plugins.push(plugin);
@@ -617,6 +624,7 @@ function assemble(engine: Engine, blueprint: Blueprint, parts: Parts): LanguageM
     });
 
   const step: LanguageModel["step"] = async (ids, options = {}) => {
+    await breathe();
     // Between scopes tensors have no owner: those made here are ours to free, those that came in are not.
     const foreign = tensorsIn([ownParams, ownBuffers, ids, { ...options, watch: undefined, trace: undefined }]);
     const alive = new Set<Tensor>();
@@ -661,7 +669,10 @@ function assemble(engine: Engine, blueprint: Blueprint, parts: Parts): LanguageM
           const second = keep(
             engine.scope(() => {
               const { input, routed, residual } = first;
-              const done = runExperts(served, params, input, { routed, options: { metrics: trace !== undefined } });
+              const done = runExperts(served, params, input, {
+                routed,
+                options: { metrics: trace !== undefined && trace.metrics !== false },
+              });
               return { x: join(pass, layer, residual, done.output), routed: done.routed };
             }),
           );

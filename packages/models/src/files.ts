@@ -116,6 +116,7 @@ export async function folderFiles(folder: string, { followLinks = false } = {}):
     });
   const root = await real(folder);
   if (root === undefined) return { open: async () => undefined, list: async () => [], entries: async () => [] };
+  if (!(await stat(root)).isDirectory()) throw new CheckpointError(`cannot open ${folder}: it is no folder`);
   const inside = [root + sep];
   const snapshots = dirname(root);
   if (basename(snapshots) === "snapshots") inside.push(join(dirname(snapshots), "blobs") + sep);

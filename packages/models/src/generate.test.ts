@@ -116,6 +116,17 @@ describe("generate", () => {
     expect(whole.length - text.length).toBeLessThanOrEqual(1);
   });
 
+  it("lets timers have their turn between tokens, though the backend never waits", async () => {
+    const controller = new AbortController();
+    setTimeout(() => controller.abort(new Error("heard")), 0);
+    const made: number[] = [];
+    const all = async (): Promise<void> => {
+      for await (const { id } of generate(model, { prompt: [1], signal: controller.signal })) made.push(id);
+    };
+    await expect(all()).rejects.toThrow("heard");
+    expect(made.length).toBeLessThan(model.context - 1);
+  });
+
   it("stops when aborted and when the reader leaves, freeing its cache", async () => {
     const live = on.live();
     const controller = new AbortController();
@@ -140,6 +151,8 @@ describe("generate", () => {
     [{ topK: 0 }, /topK is 0/],
     [{ topP: 0 }, /topP is 0/],
     [{ maxNew: 1.5 }, /maxNew is 1.5/],
+    [{ seed: Number.NaN }, /seed is NaN, expected a whole number/],
+    [{ seed: 0.5 }, /seed is 0.5, expected a whole number/],
     [{ minP: 2 }, /minP is 2/],
     [{ repetitionPenalty: -1 }, /repetitionPenalty is -1/],
     [{ prefillChunk: 0 }, /prefillChunk is 0, expected a whole number from 1/],

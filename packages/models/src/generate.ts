@@ -99,6 +99,7 @@ export async function* generateBatch(
   const { maxNew = Number.POSITIVE_INFINITY, prefillChunk, topLogProbabilities = 0 } = options;
   check("maxNew", options.maxNew, { from: 0 });
   check("prefillChunk", prefillChunk, { from: 1 });
+  check("seed", seed, { from: Number.MIN_SAFE_INTEGER, to: Number.MAX_SAFE_INTEGER });
   check("topLogProbabilities", topLogProbabilities, { from: 0, to: model.vocabulary });
   const strategy = strategyOf(options);
   const stopStrings = stop.filter((one) => typeof one === "string");

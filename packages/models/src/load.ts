@@ -81,12 +81,17 @@ export async function loadDescription(
         weights === "f32" || heldInFloat32(path, source.shape) || (path === "embed" && host.kind !== "floats");
       loaded.set(path, wide ? engine.tensor(widen(host), source.shape) : upload(engine, host));
     }
-    return buildDecoder(engine, description.blueprint, {
+    const unused = new Set(loaded.keys());
+    const model = buildDecoder(engine, description.blueprint, {
       random: zeros(engine),
       parameters: {
-        given: (path) => loaded.get(path) as Tree,
+        given(path) {
+          unused.delete(path);
+          return loaded.get(path) as Tree;
+        },
         ...(streamed ? { streamed } : {}),
         router(path, shape) {
+          unused.delete(path);
           const found = loaded.get(path) as Tensor | undefined;
           if (found?.shape.join() === shape.join()) return found;
           throw new CheckpointError(
@@ -95,8 +100,13 @@ export async function loadDescription(
         },
       },
     });
+    const [stray] = unused;
+    if (stray !== undefined) {
+      throw new CheckpointError(`the description has a source for ${quote(stray)}, which the model has not`);
+    }
+    return model;
   } catch (error) {
-    for (const tree of loaded.values()) dispose(tree);
+    dispose([...loaded.values()]);
     throw error;
   }
 }

@@ -17,6 +17,7 @@ import { loudModel, smallConfig } from "./models.test-util.ts";
 import { type LoadedModel, loadModel } from "./pretrained.ts";
 import { randomCheckpoint } from "./random-checkpoint.ts";
 import { bytesSource } from "./safetensors.ts";
+import type { CheckpointIndex } from "./source.ts";
 import type { StreamPolicy } from "./streamed-experts.ts";
 import { expertRequests, simulateCache } from "./trace/cache-sim.ts";
 import { readTrace } from "./trace/reader.ts";
@@ -205,6 +206,29 @@ describe("planMemory", () => {
     expect(String(failure)).toMatch(
       /the model needs .* of memory, and 1.00 kB are allowed; even with its experts read/,
     );
+  });
+
+  it("refuses what no heap of wasm can hold, however much memory is allowed", () => {
+    const config = { model_type: "mixtral", hidden_size: 16384, num_hidden_layers: 8, num_key_value_heads: 32 };
+    const shapes = new Map<string, readonly number[]>();
+    const index: CheckpointIndex = {
+      config,
+      names: Array.from({ length: 500 }, (_, i) => `tensor ${i}`),
+      stored: (name) => ({ shape: shapes.get(name) ?? [], dtype: "BF16", bytes: 0 }),
+    };
+    const description = mixtral.describe(index);
+    for (const source of description.sources.values()) {
+      const experts = source.kind === "whole" ? [] : Array.from({ length: source.shape[0] ?? 0 }, (_, e) => e);
+      const pieces = source.kind === "whole" ? source.pieces : experts.flatMap(source.expert);
+      for (const { name, shape } of pieces) shapes.set(name, shape);
+    }
+    const whole = { ...index, names: [...shapes.keys()] };
+    for (const memory of [undefined, 1e12]) {
+      expect(() => planMemory(on, whole, description, { memory })).toThrow(
+        /needs 19\.\d+ GB on the device beside its experts, and the wasm backend has a heap of 4\.29 GB/,
+      );
+    }
+    expect(planMemory(engine(cpu()), whole, description, { memory: 1e12 }).kind).toBe("resident");
   });
 
   it("refuses passes that streamed experts cannot serve", async () => {

@@ -53,6 +53,7 @@ const positions = 4096;
 export const promptChunk = 512;
 /** A heap of 32 bits holds 4 GB; experts that are streamed are kept outside. */
 const wasmHeap = 3.5e9;
+const wasmMost = 2 ** 32;
 
 export interface MemoryPlan {
   /** "resident": everything is on the device. "streamed": experts are read when they are needed, and some are kept. */
@@ -120,7 +121,8 @@ export function workingBytes(blueprint: Blueprint): number {
 /**
  * What of a model stays in memory, and how many experts are kept where not all can stay. Streamed are routed experts that lie one
  * by one in the checkpoint; attention, norms, routers, embeddings, dense layers and shared experts stay.
- * Throws UnsupportedError, with the numbers, where less is allowed than what must stay, and CheckpointError as `checkPiece` does.
+ * * Throws UnsupportedError, with the numbers, where less is allowed than what must stay or more must stay than a heap of wasm holds, and
+ * CheckpointError as `checkPiece` does.
  */
 export function planMemory(
   engine: Engine,
@@ -168,6 +170,13 @@ export function planMemory(
   const resident = all + Math.max(working, largest);
   const streamed = staying + Math.max(working + atWork, largestStaying);
   const least = experts === 0 ? resident : Math.min(resident, streamed);
+  const held = experts === 0 ? all : staying;
+  if (engine.root.name === "wasm" && held > wasmMost) {
+    throw new UnsupportedError(
+      `the model needs ${showBytes(held)} on the device${experts === 0 ? "" : " beside its experts"}, and the wasm backend has a heap of ` +
+        `${showBytes(wasmMost)}, whatever memory is allowed; use another backend, or a smaller model`,
+    );
+  }
   const fits = most === undefined || resident <= most;
   if (fits || (experts === 0 && memory === undefined)) {
     return { kind: "resident", resident: all, working, least, capacity: experts, experts, expertBytes };

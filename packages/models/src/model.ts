@@ -34,6 +34,8 @@ export interface KvCache {
 export interface RoutingTrace {
   /** `layer` counts the routers of the model (`Model.routing`): layers without one are left out. */
   record(layer: number, routed: Routed): void;
+  /** false: `step` need not compute `routed.metrics` for it; default true. */
+  readonly metrics?: boolean;
 }
 
 /** What a pass shows on its way: name, the tensor `[batch, sequence, width]`, and the layer (0 for those outside layers). */

@@ -113,7 +113,8 @@ export function streamedLayers(
       }
       if (forms.size > 1) uneven.add(name);
     }
-    const [bytes, deviceBytes] = [Math.max(...held), Math.max(...onDevice)];
+    const most = (sizes: Float64Array): number => sizes.reduce((n, one) => Math.max(n, one), 0);
+    const [bytes, deviceBytes] = [most(held), most(onDevice)];
     const floats = Array.from(own.values(), ({ shape }) => 4 * shape.slice(1).reduce((n, d) => n * d, 1));
     const all = floats.reduce((n, one) => n + one, 0);
     return [{ layer, count: feedForward.experts, sources: own, uneven, bytes, deviceBytes, floats: all }];

@@ -163,22 +163,33 @@ export const llama: PeerSource = {
       async generation({ prompt, tokens, gguf, threads: count, checked }): Promise<Contender> {
         const model = await host.loadModel({ modelPath: gguf, gpuLayers: 0 });
         const length = prompt.length + Math.max(tokens, checked) + 16;
-        const context = await model.createContext({
-          contextSize: length,
-          batchSize: length,
-          threads: { ideal: count, min: count },
-          // As ours; the default is F16.
-          experimentalKvCacheKeyType: "F32",
-          experimentalKvCacheValueType: "F32",
-        });
-        const sequence = context.getSequence();
+        const open = (options: object): Promise<Context> =>
+          model.createContext({
+            contextSize: length,
+            batchSize: length,
+            threads: { ideal: count, min: count },
+            ...options,
+          });
+        const context = await open({});
+        const timed = context.getSequence();
         return {
           name,
-          run: () => greedyTokens(sequence, prompt, tokens),
-          output: async () => [
-            await said(sequence, prompt),
-            ...(checked > 0 ? [await greedyTokens(sequence, prompt, checked)] : []),
-          ],
+          run: () => greedyTokens(timed, prompt, tokens),
+          // As it comes it rounds keys, values and what flash attention multiplies to f16, and near ties turn: checked is its exact way.
+          async output() {
+            const exact = await open({
+              flashAttention: false,
+              experimentalKvCacheKeyType: "F32",
+              experimentalKvCacheValueType: "F32",
+            });
+            try {
+              const sequence = exact.getSequence();
+              const logs = await said(sequence, prompt);
+              return checked > 0 ? [logs, await greedyTokens(sequence, prompt, checked)] : [logs];
+            } finally {
+              await exact.dispose();
+            }
+          },
           async dispose() {
             await context.dispose();
             await model.dispose();

@@ -118,7 +118,7 @@ export function observed(model: LanguageModel, options: ObservedOptions): Observ
           reading.push(done);
         }
       };
-      const trace: RoutingTrace = { record };
+      const trace: RoutingTrace = { metrics: false, record };
       const logits = await model.step(ids, { ...given, trace });
       try {
         await Promise.all(reading);

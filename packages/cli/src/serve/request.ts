@@ -71,7 +71,10 @@ function readStrategy(fields: Fields): { readonly strategy: DecodingStrategy; re
   } else if (typeof asked === "string") {
     options.set("strategy", asked);
   } else if (isBody(asked)) {
-    for (const [key, value] of Object.entries(asked)) options.set(key === "name" ? "strategy" : key, value);
+    for (const [key, value] of Object.entries(asked)) {
+      if (key === "strategy") throw unknown("strategy.strategy");
+      options.set(key === "name" ? "strategy" : key, value);
+    }
     if (typeof asked.name !== "string") throw badParameter("strategy.name", "'strategy.name' must name the strategy.");
   } else {
     fields.refuse("strategy", 'a name such as "greedy", or an object { "name": ..., ... }');
@@ -88,6 +91,9 @@ function readStrategy(fields: Fields): { readonly strategy: DecodingStrategy; re
   return strategyOf(options);
 }
 
+const unknown = (path: string): ApiError =>
+  badParameter(path.slice(0, 80), `Unknown parameter: '${path.slice(0, 80)}'.`, "unknown_parameter");
+
 function strategyOf(options: ReadonlyMap<string, Json>): ReturnType<typeof readStrategy> {
   const words: string[] = [];
   for (const [key, value] of options) {
@@ -96,7 +102,7 @@ function strategyOf(options: ReadonlyMap<string, Json>): ReturnType<typeof readS
     const known = option === "strategy" || (Object.hasOwn(strategyArgs, option) && !key.includes("-"));
     // The amateur is a folder: paths never come from a request.
     if (!known || key === "amateur") {
-      throw badParameter(path.slice(0, 80), `Unknown parameter: '${path.slice(0, 80)}'.`, "unknown_parameter");
+      throw unknown(path);
     }
     const bad = (expected: string): ApiError => badParameter(path, `'${path}' must be ${expected}.`);
     if (key === "draw") {

@@ -9,6 +9,7 @@ import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { main } from "../main.ts";
 import { runCommand } from "../run.test-util.ts";
 import { saveSmallModel } from "../small-model.test-util.ts";
+import { optionsOf, strategyNames } from "../strategies.ts";
 import { chunksOf, saveChatModel, type TestServer, testServer } from "./serve.test-util.ts";
 
 const root = mkdtempSync(join(tmpdir(), "switchyard-serve-"));
@@ -281,6 +282,38 @@ describe("the extra fields", () => {
   });
 });
 
+test("whatever is asked, the answer is one or a reason", async () => {
+  const values = [
+    ...[null, true, false, 0, 1, -1, 0.5, 7, 1e9, 1e300, "", "x", "greedy", "line", [], [1], ["x"], [[1, 2]], [null]],
+    ...[{}, { name: "beam" }, { type: "text" }, { role: "user", content: "x" }, [{ role: "user", content: "x" }]],
+  ];
+  const fields = [
+    ...["model", "prompt", "messages", "max_tokens", "max_completion_tokens", "n", "stop", "stream", "stream_options"],
+    ...["logprobs", "top_logprobs", "seed", "routing", "strategy", "tools", "logit_bias", "user", "echo", "toString"],
+    ...["response_format", "ignore_eos", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "alpha"],
+  ];
+  let state = 1;
+  const next = <T>(list: readonly T[]): T => {
+    state = (state * 48_271) % 2_147_483_647;
+    return list[state % list.length] as T;
+  };
+  const seen = new Map<number, number>();
+  for (let i = 0; i < 400; i++) {
+    const name = next(strategyNames);
+    const option = next([...optionsOf[name], "amateur", "__proto__", "strategy"]).replaceAll("-", "_");
+    const strategy = i % 3 === 0 ? { temperature: null, strategy: { name, [option]: next(values) } } : {};
+    const changed = i % 5 < 3 ? { [next(fields)]: next(values) } : {};
+    const [path, usual] = i % 2 === 0 ? ["/v1/completions", ask] : ["/v1/chat/completions", chat];
+    const body = { ...usual, max_tokens: 2, ...strategy, ...changed };
+    const response = await server.post(path, body);
+    const answer = await response.text();
+    expect([200, 400, 404], `${JSON.stringify(body)}: ${answer}`).toContain(response.status);
+    seen.set(response.status, (seen.get(response.status) ?? 0) + 1);
+  }
+  expect(server.failures).toEqual([]);
+  for (const status of [200, 400]) expect(seen.get(status)).toBeGreaterThan(100);
+});
+
 test("/metrics counts what happens", async () => {
   const figures = async () => {
     const page = await (await fetch(`${server.url}/metrics`)).text();
@@ -333,6 +366,9 @@ test("/metrics shows the cache of streamed experts, and the text is the same", a
 });
 
 test("who finds the queue full is sent away", async () => {
+  const none = await testServer(folder, { parallel: 1, queue: 0 });
+  expect((await none.post("/v1/completions", ask)).status).toBe(200);
+  await none.close();
   const busy = await testServer(folder, { parallel: 1, queue: 1 });
   const long = { ...ask, max_tokens: 40, ignore_eos: true };
   const answers = await Promise.all(
@@ -354,7 +390,8 @@ test("at its end running answers finish, waiting ones are sent away, and nothing
   const long = { ...ask, max_tokens: 40, ignore_eos: true, stream: true };
   const first = await ending.post("/v1/completions", long);
   const waiting = ending.post("/v1/completions", long);
-  await sleep(20);
+  const figures = async () => (await fetch(`${ending.url}/metrics`)).text();
+  while (!(await figures()).includes("\nswitchyard_requests_waiting 1\n")) await sleep(2);
   const stopped = ending.stop(30);
   expect((await waiting).status).toBe(503);
   expect(chunksOf(await first.text()).at(-1)).toMatchObject({ choices: [{ finish_reason: "length" }] });

@@ -106,7 +106,7 @@ export async function startServer(served: Served, options: ServerOptions): Promi
     try {
       const asked = readRequest(kind, await readBody(request, response, maxBody), served);
       if (stopping) throw stopped();
-      if (requests.waiting >= queue) {
+      if (requests.running >= parallel && requests.waiting >= queue) {
         response.setHeader("retry-after", "1");
         throw new ApiError(503, `${requests.waiting} requests wait already; try again later.`, { code: "overloaded" });
       }
@@ -181,6 +181,8 @@ export async function startServer(served: Served, options: ServerOptions): Promi
   const handle = async (request: IncomingMessage, response: ServerResponse): Promise<void> => {
     const [path = ""] = (request.url ?? "").split("?");
     const endpoint = endpoints.includes(path) ? path : path.startsWith("/v1/models/") ? "/v1/models" : "other";
+    // A write that comes too late for a client that left; "close" says the same.
+    response.on("error", () => response.destroy());
     response.on("close", () => metrics.request(endpoint, response.writableFinished ? response.statusCode : 499));
     try {
       await respond(request, response, path);

@@ -188,7 +188,7 @@ function stretched({ config: stated }: CheckpointIndex, { context, layers: [laye
   if (!isRecord(record) || (type !== "linear" && type !== "dynamic" && type !== "yarn")) return context;
   const from = new ConfigReader(record, "config.json, rotary positions");
   const before = type === "yarn" ? from.whole("original_max_position_embeddings", context) : context;
-  return Math.max(context, Math.floor(before * from.number("factor")));
+  return Math.max(context, Math.min(Math.floor(before * from.number("factor")), Number.MAX_SAFE_INTEGER));
 }
 
 /**

@@ -17,6 +17,8 @@ export class Passes {
   readonly #model: DecodingModel;
   readonly #options: PassesOptions;
   #cache: KvCache | undefined;
+  /** Which row each was at the start: a cache that is made later tells traces so. */
+  #origins: readonly number[];
   #sequences: number[][];
   #override: readonly (RoutingOverride | undefined)[];
   /** Per row, so that all rows end at the same position. */
@@ -28,6 +30,7 @@ export class Passes {
     this.#sequences = prompts.map((prompt) => [...prompt]);
     this.#override = options.override ?? prompts.map(() => undefined);
     this.#padding = padded(this.#sequences);
+    this.#origins = prompts.map((_, row) => row);
   }
 
   /** Ids so far, prompt included. */
@@ -55,7 +58,7 @@ export class Passes {
     const total = this.#fit();
     const { prefillChunk = promptChunk, cache, allowNonCausal, signal } = this.#options;
     if (this.#outgrown(total)) this.dispose();
-    if (cache) this.#cache ??= this.#model.newCache(this.#sequences.length);
+    if (cache) this.#cache ??= this.#newCache();
     let at = this.#cache?.length ?? 0;
     for (;;) {
       signal?.throwIfAborted();
@@ -93,6 +96,15 @@ export class Passes {
     this.#sequences = from(this.#sequences).map((sequence) => [...sequence]);
     this.#override = from(this.#override);
     this.#padding = from(this.#padding);
+    this.#origins = from(this.#origins);
+  }
+
+  #newCache(): KvCache {
+    const rows = this.#origins;
+    const count = Math.max(...rows) + 1;
+    const cache = this.#model.newCache(count);
+    if (count !== rows.length || rows.some((row, i) => row !== i)) cache.reorder(rows);
+    return cache;
   }
 
   dispose(): void {

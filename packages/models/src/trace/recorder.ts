@@ -256,6 +256,7 @@ export function traceRecorder(sink: TraceSink, options: TraceRecorderOptions): T
       const { tokens } = columns;
       const records: Promise<LayerRecord>[] = [];
       return {
+        metrics: false,
         record(layer, routed) {
           const reading = layerRecord(layer, routed, options, tokens);
           // Its error is for `done`; until then nobody waits for it.

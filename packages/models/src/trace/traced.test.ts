@@ -94,6 +94,22 @@ describe("traced", () => {
     await together.close();
   });
 
+  it("runs equal prompts once, under the number of the first, and leaves the others theirs", async () => {
+    const prompts = [
+      [5, 6, 7],
+      [5, 6, 7],
+      [10, 11],
+    ];
+    const { tokens, made, close } = await record("mixtral", prompts);
+    const of = (row: number): number[] =>
+      tokens.filter(({ sequence, position }) => sequence === row && position >= 0).map(({ token }) => token);
+    expect(of(2)).toEqual([10, 11, ...(made[2] ?? []).slice(0, -1)]);
+    expect(of(1)).toEqual([]);
+    // The prompt once, what follows for each.
+    expect(of(0)).toEqual([5, 6, 7, ...(made[0] ?? []).slice(0, -1).flatMap((id) => [id, id])]);
+    await close();
+  });
+
   it("refuses a step that is recorded otherwise", async () => {
     const { model, close } = await record("mixtral", [[1]]);
     const recorder = traceRecorder({ write: async () => undefined }, { model: { name: "x" }, routing: model.routing });

@@ -121,13 +121,31 @@ export function shapeKernels(
         const inner = sizeOf(spec.shape.slice(axis + 1)) * elementBytes(spec.dtype);
         const line = at(spec.shape, axis) * inner;
         const { reuse, ...rest } = spec;
-        const stays = reuse !== undefined && outer === 1 && reuse.bytes >= line;
-        // What grows once will grow again: half as much more, so that n appends copy O(n) and not O(n^2) bytes.
-        const y = stays ? reuse : device.result(rest, reuse && outer === 1 ? line + line / 2 : 0);
+        const sizes = inputs.map((x) => at(x.shape, axis) * inner);
+        const alone = inputs.every(({ handle }, i) => i === 0 || handle !== reuse);
+        if (reuse !== undefined && alone && reuse.bytes >= outer * line) {
+          // Lines behind the first move apart, the last one first. Nothing is allocated, so nothing fails half-way.
+          const heap = device.heap.u8();
+          const move = (from: number, to: number, bytes: number): void => {
+            heap.copyWithin(to, from, from + bytes);
+          };
+          const own = at(sizes, 0);
+          for (let i = outer - 1; i > 0; i--) move(reuse.ptr + i * own, reuse.ptr + i * line, own);
+          let to = reuse.ptr + own;
+          for (const [i, { handle }] of inputs.entries()) {
+            if (i === 0) continue;
+            const bytes = at(sizes, i);
+            for (let row = 0; row < outer; row++) move(handle.ptr + row * bytes, to + row * line, bytes);
+            to += bytes;
+          }
+          return [reuse];
+        }
+        // What grows once will grow again: half as much more, so that n appends of one line copy O(n) and not O(n^2) bytes.
+        const y = device.result(rest, reuse ? 1.5 * outer * line : 0);
         let to = y.ptr;
         for (const [i, x] of inputs.entries()) {
-          const bytes = at(x.shape, axis) * inner;
-          if (i > 0 || !stays) copyRuns(device, x.handle.ptr, to, { dims: [outer], x: [bytes], y: [line], bytes });
+          const bytes = at(sizes, i);
+          copyRuns(device, x.handle.ptr, to, { dims: [outer], x: [bytes], y: [line], bytes });
           to += bytes;
         }
         return [y];
