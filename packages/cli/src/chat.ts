@@ -3,13 +3,14 @@ import { writeFile } from "node:fs/promises";
 import { createInterface } from "node:readline";
 import { CheckpointError, ShapeError, UnsupportedError } from "@switchyard/core";
 import { type ChatMessage, type Ending, generate, type Tokenizer } from "@switchyard/models";
-import { type ArgsDef, defineCommand, renderUsage } from "citty";
+import { type ArgsDef, defineCommand } from "citty";
 import { readArguments } from "./arguments.ts";
 import { withAmateur } from "./generate.ts";
 import type { CommandLine } from "./main.ts";
 import { modelArgs, modelArguments, modelName, needTokenizer, type OpenModel, withModel } from "./model-arguments.ts";
 import { chosenStrategy, strategyArgs, strategyNames } from "./strategies.ts";
 import type { Streams } from "./terminal.ts";
+import { usageText } from "./usage.ts";
 
 const chatArgs = {
   system: { type: "string", description: "A system message before the conversation", valueHint: "TEXT" },
@@ -170,7 +171,7 @@ const mendable = (error: unknown): error is Error =>
  */
 export async function chat(rest: readonly string[], options: CommandLine, streams: Streams): Promise<number> {
   if (rest.includes("--help") || rest.includes("-h")) {
-    streams.out(`${await renderUsage(chatCommand)}\n${example}`);
+    streams.out(`${await usageText(chatCommand)}\n${example}`);
     return 0;
   }
   const given = readArguments("chat", chatArgs, rest);

@@ -5,7 +5,7 @@ import { join } from "node:path";
 import { shortCount, traceFindings } from "@switchyard/bench";
 import { UnsupportedError } from "@switchyard/core";
 import { analyseTrace, type CheckpointSummary, type TraceAnalysis } from "@switchyard/models";
-import { type ArgsDef, defineCommand, renderUsage } from "citty";
+import { type ArgsDef, defineCommand } from "citty";
 import { readArguments, shownBytes, table } from "./arguments.ts";
 import { interruptible } from "./interrupt.ts";
 import type { CommandLine } from "./main.ts";
@@ -14,6 +14,7 @@ import { progressBar } from "./progress.ts";
 import { recordTexts, summaryOf, textArgs, textArguments } from "./recording.ts";
 import type { Streams } from "./terminal.ts";
 import { reportOf, withTrace, writeReport } from "./trace.ts";
+import { usageText } from "./usage.ts";
 
 const inspectArgs = {
   ...textArgs,
@@ -97,7 +98,7 @@ function routingText(analysis: TraceAnalysis): string {
 /** Runs the command. Answers the exit code. @throws UnsupportedError, CheckpointError, ShapeError for what a user can mend. */
 export async function inspect(rest: readonly string[], options: CommandLine, streams: Streams): Promise<number> {
   if (rest.includes("--help") || rest.includes("-h")) {
-    streams.out(`${await renderUsage(inspectCommand)}\n${example}`);
+    streams.out(`${await usageText(inspectCommand)}\n${example}`);
     return 0;
   }
   const given = readArguments("inspect", inspectArgs, rest);

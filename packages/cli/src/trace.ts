@@ -17,7 +17,7 @@ import {
   traceTexts,
   traceTokens,
 } from "@switchyard/models";
-import { type ArgsDef, defineCommand, renderUsage } from "citty";
+import { type ArgsDef, defineCommand } from "citty";
 import { exactly, readArguments, shownBytes, table } from "./arguments.ts";
 import { interruptible } from "./interrupt.ts";
 import type { CommandLine } from "./main.ts";
@@ -25,6 +25,7 @@ import { modelArgs, modelArguments, modelName, withModel } from "./model-argumen
 import { progressBar } from "./progress.ts";
 import { recordTexts, summaryOf, textArgs, textArguments } from "./recording.ts";
 import type { Streams } from "./terminal.ts";
+import { usageText } from "./usage.ts";
 
 const recordArgs = {
   ...textArgs,
@@ -43,9 +44,10 @@ const recordCommand = defineCommand({
 });
 
 const example = `
-  switchyard trace diff A B            how far two traces of the same text route differently
-  switchyard trace report FILE         the HTML report of a trace
-Both explain themselves with --help. A folder named diff or report is written ./diff, ./report.
+  switchyard trace diff A B      how far two traces of one text route differently
+  switchyard trace report FILE   the HTML report of a trace
+Both explain themselves with --help. A folder named diff or report is written
+./diff, ./report.
 
 EXAMPLE
 
@@ -125,7 +127,7 @@ export async function trace(rest: readonly string[], options: CommandLine, strea
   if (first === "diff") return diff(others, streams);
   if (first === "report") return report(others, streams);
   if (rest.includes("--help") || rest.includes("-h")) {
-    streams.out(`${await renderUsage(recordCommand)}\n${example}`);
+    streams.out(`${await usageText(recordCommand)}\n${example}`);
     return 0;
   }
   const given = readArguments("trace", recordArgs, rest);
@@ -171,7 +173,7 @@ const shares = ({ sets, overlap, firsts }: RoutingDifference): string[] => [sets
 
 async function diff(rest: readonly string[], streams: Streams): Promise<number> {
   if (rest.includes("--help") || rest.includes("-h")) {
-    streams.out(`${await renderUsage(diffCommand)}\n${diffExample}`);
+    streams.out(`${await usageText(diffCommand)}\n${diffExample}`);
     return 0;
   }
   const given = readArguments("trace diff", diffArgs, rest);
@@ -197,7 +199,7 @@ async function diff(rest: readonly string[], streams: Streams): Promise<number> 
 
 async function report(rest: readonly string[], streams: Streams): Promise<number> {
   if (rest.includes("--help") || rest.includes("-h")) {
-    streams.out(`${await renderUsage(reportCommand)}\n${reportExample}`);
+    streams.out(`${await usageText(reportCommand)}\n${reportExample}`);
     return 0;
   }
   const given = readArguments("trace report", reportArgs, rest);

@@ -18,14 +18,17 @@ describe("wrapped", () => {
   });
 });
 
-test.each(["train", "generate", "eval", "logits", "convert", "cache-sim"])("%s --help", async (command) => {
-  const { code, out } = await runCommand([command, "--help"]);
+test.each([
+  ...["train", "generate", "chat", "serve", "eval", "inspect", "trace", "logits", "convert", "cache-sim"],
+  ...["trace diff", "trace report"],
+])("%s --help", async (command) => {
+  const { code, out } = await runCommand([...command.split(" "), "--help"]);
   expect(code).toBe(0);
   const [usage = ""] = out.split("\nEXAMPLE\n");
   const long = usage.split("\n").filter((line) => line.length > 80 && !/^\s*\S+$/.test(line));
   expect(long).toEqual([]);
   expect(out).not.toContain("\u001b");
-  expect(out).toMatch(/^ {2}--json {4,}Print /m);
+  if (command !== "serve" && command !== "trace report") expect(out).toMatch(/^ {2}--json {2,}\S/m);
 });
 
 test.each([["--help"], ["-h"], ["help"]])("%s shows all commands", async (...args) => {

@@ -28,6 +28,9 @@ export class TransformerCache implements KvCache {
   #origins: readonly number[];
 
   constructor(layers: number, batch: number) {
+    if (!(Number.isSafeInteger(batch) && batch > 0)) {
+      throw new ShapeError(`cache: ${batch} rows, expected a whole number from 1`);
+    }
     this.#layers = new Array<undefined>(layers).fill(undefined);
     this.#origins = Array.from({ length: batch }, (_, row) => row);
   }

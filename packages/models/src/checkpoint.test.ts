@@ -212,6 +212,9 @@ describe("openCheckpoint", () => {
   });
   it("refuses a folder that is not there", async () => {
     await expect(openCheckpoint(join(folder, "nowhere"))).rejects.toThrow(/has no config.json/);
+    await saveFiles(folder, [plain("config.json", "{}")], { last: "config.json" });
+    const file = join(folder, "config.json");
+    await expect(openCheckpoint(file)).rejects.toThrow(/cannot read .*config\.json: it is a file, not a folder$/);
   });
 });
 

@@ -57,6 +57,11 @@ async function openFile(path: string, name: string): Promise<FileSource | undefi
       if (bytesRead === 0) throw new CheckpointError(`${name} ended at byte ${from + done} while it was being read`);
       done += bytesRead;
     }
+    // Streamed experts are read for as long as the model lives: half of another model would be wrong in silence.
+    const now = await handle.stat();
+    if (now.mtimeMs !== status.mtimeMs || now.size !== status.size) {
+      throw new CheckpointError(`${name} was changed after it had been opened; load the checkpoint again`);
+    }
   };
   return {
     name,
@@ -116,7 +121,10 @@ export async function folderFiles(folder: string, { followLinks = false } = {}):
     });
   const root = await real(folder);
   if (root === undefined) return { open: async () => undefined, list: async () => [], entries: async () => [] };
-  if (!(await stat(root)).isDirectory()) throw new CheckpointError(`cannot open ${folder}: it is no folder`);
+  const status = await stat(root).catch((error: unknown) => {
+    throw explained(`cannot read ${folder}`, error);
+  });
+  if (!status.isDirectory()) throw new CheckpointError(`cannot read ${folder}: it is a file, not a folder`);
   const inside = [root + sep];
   const snapshots = dirname(root);
   if (basename(snapshots) === "snapshots") inside.push(join(dirname(snapshots), "blobs") + sep);

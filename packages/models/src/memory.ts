@@ -139,7 +139,7 @@ export function planMemory(
       streamable.add(`layers.${layer}.moe.experts.${name}`);
     }
   let [all, staying] = [0, 0];
-  // Of the largest parameters, which are in memory twice, or experts three times, while they are loaded.
+  // Of the largest parameters, which are in memory twice while they are loaded, and of experts one more.
   let [largest, largestStaying] = [0, 0];
   for (const [path, source] of sources) {
     let bytes = 0;
@@ -154,7 +154,8 @@ export function planMemory(
           : planUpload(engine, { ...form, shape: [...stacked, ...form.shape] }).bytes;
       }
     }
-    const loading = source.kind === "experts" ? 2 * bytes : bytes;
+    // A stack is filled expert by expert.
+    const loading = source.kind === "experts" ? bytes + bytes / Math.max(source.shape[0] ?? 1, 1) : bytes;
     all += bytes;
     largest = Math.max(largest, loading);
     if (streamable.has(path)) continue;

@@ -1,8 +1,12 @@
+import { mkdtemp, rm, utimes, writeFile } from "node:fs/promises";
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { CheckpointError } from "@switchyard/core";
 import { afterEach, describe, expect, it } from "vitest";
 import { readCheckpoint } from "./checkpoint.ts";
+import { fileSource } from "./files.ts";
 import { encodeSafetensors } from "./safetensors.ts";
 import { blobSource, chosenFiles, directoryFiles, httpFiles, httpSource } from "./sources.ts";
 
@@ -215,5 +219,26 @@ describe("ranges over HTTP", () => {
     await expect(opening).rejects.toThrow("enough");
     const failing = httpSource("http://x/", { fetch: () => Promise.reject(new TypeError("fetch failed")) });
     await expect(failing).rejects.toThrow("cannot read http://x/: fetch failed");
+  });
+});
+
+describe("fileSource", () => {
+  it("refuses a file that was overwritten after it had been opened", async () => {
+    const folder = await mkdtemp(join(tmpdir(), "switchyard-file-"));
+    try {
+      const path = join(folder, "weights");
+      await writeFile(path, Uint8Array.of(1, 2, 3, 4));
+      const source = await fileSource(path);
+      expect(await source?.read(1, 3)).toEqual(Uint8Array.of(2, 3));
+      await writeFile(path, Uint8Array.of(5, 6, 7, 8));
+      // A clock may be too coarse to tell the two writes apart.
+      await utimes(path, new Date(), new Date(Date.now() + 5000));
+      await expect(source?.read(1, 3)).rejects.toThrow(
+        /was changed after it had been opened; load the checkpoint again/,
+      );
+      await source?.close?.();
+    } finally {
+      await rm(folder, { recursive: true, force: true });
+    }
   });
 });

@@ -1,12 +1,13 @@
 // `switchyard serve`: a checkpoint behind the HTTP API that OpenAI's clients speak.
 import { basename, resolve } from "node:path";
 import { UnsupportedError } from "@switchyard/core";
-import { type ArgsDef, defineCommand, renderUsage } from "citty";
+import { type ArgsDef, defineCommand } from "citty";
 import { readArguments } from "../arguments.ts";
 import { interruptible } from "../interrupt.ts";
 import type { CommandLine } from "../main.ts";
 import { modelArgs, modelArguments, modelName, needTokenizer, withModel } from "../model-arguments.ts";
 import type { Streams } from "../terminal.ts";
+import { usageText } from "../usage.ts";
 import { startServer } from "./server.ts";
 
 const serveArgs = {
@@ -86,7 +87,7 @@ const aborted = (signal: AbortSignal): Promise<void> =>
  */
 export async function serve(rest: readonly string[], options: CommandLine, streams: Streams): Promise<number> {
   if (rest.includes("--help") || rest.includes("-h")) {
-    streams.out(`${await renderUsage(serveCommand)}\n${example}`);
+    streams.out(`${await usageText(serveCommand)}\n${example}`);
     return 0;
   }
   const given = readArguments("serve", serveArgs, rest);

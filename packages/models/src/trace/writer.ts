@@ -69,7 +69,8 @@ export async function traceFile(path: string, from?: number): Promise<TraceSink 
   const { open } = await builtIn("node:fs/promises");
   const handle = await open(path, from === undefined ? "wx" : "r+").catch((cause: unknown) => {
     const message = cause instanceof Error ? cause.message : String(cause);
-    throw new CheckpointError(`cannot write the routing trace ${path}: ${message}`, { cause });
+    const advice = message.startsWith("EEXIST") ? "; name another file, or delete that one" : "";
+    throw new CheckpointError(`cannot write the routing trace ${path}: ${message}${advice}`, { cause });
   });
   let at = from ?? 0;
   if (from !== undefined) await handle.truncate(from);
