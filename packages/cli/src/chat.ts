@@ -45,7 +45,8 @@ const commandLines = `/reset          forgets the conversation; the system messa
 /help           shows this
 /exit           leaves, as the end of input does
 
-A backslash at the end of a line goes on with the next one; //x is the message /x. Ctrl-C stops an answer, and leaves where there is none.
+A backslash at the end of a line goes on with the next one; //x is the message
+/x. Ctrl-C stops an answer, and leaves where there is none.
 `;
 
 const example = `

@@ -1,7 +1,15 @@
 // What commands that run a checkpoint share: their options, and opening the model on a backend.
 import { basename } from "node:path";
 import { CheckpointError, type Json, UnsupportedError } from "@switchyard/core";
-import { type LoadedModel, openCheckpoint, readModel, traced, traceFile, traceRecorder } from "@switchyard/models";
+import {
+  inspectCheckpoint,
+  type LoadedModel,
+  openCheckpoint,
+  readModel,
+  traced,
+  traceFile,
+  traceRecorder,
+} from "@switchyard/models";
 import type { ArgsDef } from "citty";
 import { exactly, type Given, shownBytes } from "./arguments.ts";
 import { type BackendName, backendNames, openBackend } from "./backends.ts";
@@ -43,6 +51,8 @@ export interface OpenModel extends LoadedModel {
   readonly config: { readonly [key: string]: Json };
   /** Of generation_config.json or config.json: ids that end a text. */
   readonly endIds: readonly number[];
+  /** What one takes as stored: a trace of a model in memory foretells with it what streaming would read. */
+  readonly expertBytes: number | undefined;
   readonly backend: BackendName;
 }
 
@@ -127,7 +137,8 @@ export async function withModel<T>(args: ModelArguments, act: (open: OpenModel) 
       const loaded = await readModel(checkpoint, how, folder);
       ours = false;
       try {
-        return await act({ ...loaded, folder, config, endIds, backend });
+        const { expertBytes } = inspectCheckpoint(checkpoint, { routers });
+        return await act({ ...loaded, folder, config, endIds, expertBytes, backend });
       } finally {
         await loaded.close();
       }
@@ -198,10 +209,11 @@ export async function recording<T>(
 ): Promise<T> {
   const { model } = open;
   if (file === undefined) return act(model);
+  const expertBytes = model.streamed?.expertBytes ?? open.expertBytes;
   const recorder = traceRecorder(await traceFile(file), {
     model: { name: modelName(open) },
     routing: model.routing,
-    ...(model.streamed ? { expertBytes: model.streamed.expertBytes } : {}),
+    ...(expertBytes === undefined ? {} : { expertBytes }),
     tool: "switchyard",
   });
   try {

@@ -44,7 +44,7 @@ const recordCommand = defineCommand({
 });
 
 const example = `
-  switchyard trace diff A B      how far two traces of one text route differently
+  switchyard trace diff A B      how far two traces of a text differ
   switchyard trace report FILE   the HTML report of a trace
 Both explain themselves with --help. A folder named diff or report is written
 ./diff, ./report.

@@ -3,9 +3,8 @@
 import type { Engine, Json, Tensor } from "@switchyard/core";
 import { architectures } from "./architectures/families.ts";
 import { type OpenCheckpoint, readCheckpoint } from "./checkpoint.ts";
-import type { LanguageModel } from "./decoder.ts";
 import { folderFiles } from "./files.ts";
-import type { Checkpoint, ReadModelOptions } from "./model.ts";
+import type { Checkpoint, LanguageModel, ReadModelOptions } from "./model.ts";
 import { bytesSource } from "./safetensors.ts";
 import { tensorsIn } from "./tree.ts";
 import { readFloats } from "./weights.ts";

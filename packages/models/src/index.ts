@@ -32,7 +32,6 @@ export type {
 } from "./conversion/compare.ts";
 export { type ConvertOptions, type ConvertProgress, type FloatType, floatTypes } from "./conversion/origin.ts";
 export { convertCheckpoint } from "./convert.ts";
-export type { LanguageModel, PassOptions } from "./decoder.ts";
 export { type BeamOptions, beam } from "./decoding/beam.ts";
 export type { WeakRouting } from "./decoding/both-routings.ts";
 export { type Contrasted, type ContrastOptions, contrast } from "./decoding/contrast.ts";
@@ -122,7 +121,9 @@ export type {
   Checkpoint,
   ForwardOptions,
   KvCache,
+  LanguageModel,
   Model,
+  PassOptions,
   ReadModelOptions,
   RoutingPlace,
   RoutingTrace,

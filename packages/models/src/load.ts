@@ -1,9 +1,9 @@
 // From a description to a model: everything is checked against what the checkpoint stores before the first weight is read, then read
 // parameter by parameter in its stored type.
 import { CheckpointError, dispose, type Engine, type Random, type Tensor, type Tree } from "@switchyard/core";
-import { blueprintShapes, buildDecoder, type LanguageModel } from "./decoder.ts";
+import { blueprintShapes, buildDecoder } from "./build-decoder.ts";
 import { heldInFloat32, planMemory } from "./memory.ts";
-import type { Checkpoint, ReadModelOptions } from "./model.ts";
+import type { Checkpoint, LanguageModel, ReadModelOptions } from "./model.ts";
 import { quote } from "./safetensors.ts";
 import type { Description, Piece, Source } from "./source.ts";
 import { checkPiece, pieceNames, readSource, upload, widen } from "./stored-matrix.ts";

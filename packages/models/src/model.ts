@@ -1,8 +1,8 @@
 // The contracts of this package: checkpoints, models and their caches, routing traces, checkpoint families. Types only.
-import type { Engine, Json, Tensor, Tree } from "@switchyard/core";
-import type { Routed, RoutingOverride } from "@switchyard/core/moe";
-import type { LanguageModel } from "./decoder.ts";
-import type { StreamPolicy } from "./streamed-experts.ts";
+import type { Engine, Json, Random, Tensor, Tree } from "@switchyard/core";
+import type { Routed, Router, RoutingOverride } from "@switchyard/core/moe";
+import type { Blueprint } from "./blueprint.ts";
+import type { ExpertStore, StreamPolicy } from "./streamed-experts.ts";
 
 /** Lazy: nothing is read until asked. `dtype` is the file's own name ("BF16", "F8_E4M3", "I64", ...). */
 export interface Checkpoint {
@@ -109,6 +109,58 @@ export interface Model {
   /** Logits of hidden states `[..., width]` as any layer gives them: final norm, then the head (DoLa reads early layers so). */
   head(hidden: Tensor): Tensor;
   newCache(batch: number): KvCache;
+}
+
+export interface PassOptions extends ForwardOptions {
+  /** Default false. */
+  readonly training?: boolean;
+  /** Optimiser steps done; default 0. */
+  readonly step?: number;
+  readonly totalSteps?: number;
+  /** Repetition of the same batch (THOR); default 0. */
+  readonly pass?: number;
+  /** Keyed by (seed, step, pass, micro-batch); default: seed 0. */
+  readonly random?: Random;
+  /** One tree per router, instead of the model's own. */
+  readonly buffers?: readonly Tree[];
+  /** Handed to routers. */
+  readonly schedule?: Readonly<Record<string, number | boolean>>;
+  /** `[load]` per router, handed to routers. */
+  readonly globalLoad?: readonly Tensor[];
+  /**
+   * Is told the inputs of every matrix of the routed experts, rows sorted by expert: `parameter` is the path of the
+   * matrix in `params` ("layers.0.moe.experts.gateUp").
+   */
+  readonly observe?: (parameter: string, layer: number, rows: Tensor, ends: Tensor) => void;
+}
+
+/** A decoder that runs: what every architecture gives. */
+export interface LanguageModel extends Model {
+  readonly engine: Engine;
+  readonly blueprint: Blueprint;
+  /** In the order of `routing`. */
+  readonly routers: readonly Router[];
+  /** The routers' buffers, one tree per router. */
+  readonly buffers: readonly Tree[];
+  /** Where the experts are read from, if not all are in memory. */
+  readonly streamed?: ExpertStore;
+  /**
+   * ids i32 [batch, sequence] -> logits [batch, sequence, vocabulary], and what each router decided. Ids outside the
+   * vocabulary embed to zero. Throws ShapeError for a sequence beyond `context`, UnsupportedError for a router that looks
+   * ahead and for streamed experts.
+   */
+  forward(
+    params: Tree,
+    ids: Tensor,
+    options?: PassOptions,
+  ): { readonly logits: Tensor; readonly routed: readonly Routed[] };
+  /**
+   * Logits [batch, vocabulary] of the last position, or of all with `positions: "all"`, layer by layer. What a trace records or a
+   * watch sees is valid during the call only: read it or `alias` it.
+   */
+  step(ids: Tensor, options?: ForwardOptions): Promise<Tensor>;
+  /** The same model with other parameters and buffers, for example a trainer's. Nothing is copied. */
+  with(state: { readonly params?: Tree; readonly buffers?: readonly Tree[] }): LanguageModel;
 }
 
 export interface ReadModelOptions {

@@ -7,9 +7,8 @@ import { olmoeRefusal, type SpecialIds, writeOlmoe } from "./architectures/olmoe
 import { switchyard, writeSwitchyard } from "./architectures/switchyard.ts";
 import { type ChatTemplate, readChatTemplate } from "./chat-template.ts";
 import { type OpenCheckpoint, openCheckpoint } from "./checkpoint.ts";
-import type { LanguageModel } from "./decoder.ts";
 import { type FileToSave, saveFiles } from "./files.ts";
-import type { Architecture, ReadModelOptions } from "./model.ts";
+import type { Architecture, LanguageModel, ReadModelOptions } from "./model.ts";
 import { encodeSafetensors } from "./safetensors.ts";
 import { isCheckpointFile } from "./save-checkpoint.ts";
 import { type FoundTokenizer, readTokenizer, type Tokenizer } from "./tokenizer.ts";

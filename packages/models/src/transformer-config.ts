@@ -2,7 +2,7 @@
 import { ShapeError } from "@switchyard/core";
 import type { RouterContext, RouterPlugin } from "@switchyard/core/moe";
 import type { Blueprint, LayerBlueprint } from "./blueprint.ts";
-import { blueprintShapes } from "./decoder.ts";
+import { blueprintShapes } from "./build-decoder.ts";
 import { rotary } from "./rope.ts";
 
 export interface TransformerConfig {

@@ -3,8 +3,8 @@
 // trains and runs.
 import { affine, type Engine, type Random, type Tensor, type Tree, UnsupportedError } from "@switchyard/core";
 import type { Blueprint } from "./blueprint.ts";
-import { buildDecoder, type LanguageModel } from "./decoder.ts";
-import type { Architecture, Checkpoint, ReadModelOptions } from "./model.ts";
+import { buildDecoder } from "./build-decoder.ts";
+import type { Architecture, Checkpoint, LanguageModel, ReadModelOptions } from "./model.ts";
 import { blueprintOf, type CompleteConfig, completeConfig, type TransformerConfig } from "./transformer-config.ts";
 
 /** A decoder with the sizes it was made with. */

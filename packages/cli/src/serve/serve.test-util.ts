@@ -38,7 +38,7 @@ export async function testServer(
   const loaded = await loadModel(folder, { engine: on, ...(memory === undefined ? {} : { memory }) });
   const { tokenizer } = loaded;
   if (!tokenizer) throw new Error(`${folder} has no tokenizer`);
-  const open: OpenModel = { ...loaded, folder, config: {}, endIds: [], backend: "wasm" };
+  const open: OpenModel = { ...loaded, folder, config: {}, endIds: [], expertBytes: undefined, backend: "wasm" };
   const failures: unknown[] = [];
   const server = await startServer(
     { open, tokenizer, name: "small" },

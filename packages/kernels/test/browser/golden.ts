@@ -1,5 +1,5 @@
 // Checkpoints with recorded outputs in a browser, on the wasm backend in a worker with two threads and on our WebGPU kernels: from files
-// that were chosen on the page and over HTTP ranges. Every recorded tensor of the first prompt within the tolerances of golden.json; chosen
+// that were chosen on the page, over HTTP ranges, and from the origin private file system. Every recorded tensor of the first prompt within the tolerances of golden.json; chosen
 // experts and greedy tokens exactly.
 import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
@@ -20,6 +20,7 @@ interface Answer extends Facts {
     readonly tensors: readonly (readonly [name: string, values: readonly number[]])[];
     readonly cached: readonly number[];
     readonly recomputed: readonly number[];
+    readonly streaming: { readonly hits: number; readonly requests: number; readonly bytesRead: number } | null;
   }[];
 }
 
@@ -97,6 +98,22 @@ export function goldenTests(site: () => Site): void {
     it("on wasm in a worker with two threads, over HTTP ranges", async () => {
       const answer = await on((page) => inWorker<Answer>(page, "checkpoints", "wasm", { threads: 2 }, requests(16)));
       expectAll("wasm, over HTTP", answer, 16);
+    });
+
+    it("on wasm, from the origin private file system, with experts read when they are needed", async () => {
+      const folder = "mixtral";
+      const store = readdirSync(join(fixtures, folder)).filter((name) =>
+        /^(config|model).*(json|safetensors)$/.test(name),
+      );
+      const [request] = requests(16).filter(({ url }) => url.endsWith(`/${folder}/`));
+      const answer = await on((page) =>
+        inWorker<Answer>(page, "checkpoints", "wasm", { threads: 2 }, [{ ...request, store, memory: 1_320_000 }]),
+      );
+      expectRecorded(folder, answer.results[0], 16);
+      const { requests: asked = 0, hits = 0, bytesRead = 0 } = answer.results[0]?.streaming ?? {};
+      expect(asked).toBeGreaterThan(hits);
+      expect(bytesRead).toBeGreaterThan(0);
+      expect(answer).toMatchObject({ live: 0, leaked: 0 });
     });
 
     // Four tokens: a software driver takes its time.

@@ -7,8 +7,7 @@ import { cast, type Engine, type Json, mapTree, type Tree } from "@switchyard/co
 import { topK } from "@switchyard/routers/top-k";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { openCheckpoint } from "../checkpoint.ts";
-import type { LanguageModel } from "../decoder.ts";
-import type { ReadModelOptions } from "../model.ts";
+import type { LanguageModel, ReadModelOptions } from "../model.ts";
 import { loadSaved, loudModel, makeEngine, readAll, smallConfig } from "../models.test-util.ts";
 import {
   anyIndex,

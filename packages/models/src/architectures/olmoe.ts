@@ -5,8 +5,7 @@ import { CheckpointError, type Engine, leaves, type Tensor, type Tree } from "@s
 import { topK } from "@switchyard/routers/top-k";
 import type { GroupedAttention, MoEFeedForward, Norm } from "../blueprint.ts";
 import { ConfigReader } from "../config-reader.ts";
-import type { LanguageModel } from "../decoder.ts";
-import type { Checkpoint, ReadModelOptions } from "../model.ts";
+import type { Checkpoint, LanguageModel, ReadModelOptions } from "../model.ts";
 import type { TensorSource } from "../safetensors.ts";
 import type { CheckpointIndex, Description } from "../source.ts";
 import { type Transformer, withConfig } from "../transformer.ts";

@@ -1,11 +1,36 @@
 // Checkpoints with recorded outputs on a page: every tensor of one pass, and greedy tokens.
-import { chosenFiles, generate, httpFiles, readCheckpoint, readModel, recordLogits } from "@switchyard/models";
+import {
+  chosenFiles,
+  directoryFiles,
+  generate,
+  httpFiles,
+  readCheckpoint,
+  readModel,
+  recordLogits,
+} from "@switchyard/models";
 
-/** Where a checkpoint lies: files that were chosen on the page, or the address of a folder. */
-const opened = ({ files, url }) => {
+/** Downloads files into a folder of the origin private file system. */
+async function stored(url, names) {
+  const folder = await (await navigator.storage.getDirectory()).getDirectoryHandle("checkpoint", { create: true });
+  for (const name of names) {
+    const writable = await (await folder.getFileHandle(name, { create: true })).createWritable();
+    await (await fetch(url + name)).body.pipeTo(writable);
+  }
+  return folder;
+}
+
+/**
+ * Where a checkpoint lies: files that were chosen on the page, the address of a folder, or, with `store`, a folder of the
+ * origin private file system into which those files of that address are downloaded first.
+ */
+async function opened({ files, url, store }) {
+  if (store) {
+    const { open, list } = directoryFiles(await stored(url, store));
+    return readCheckpoint(open, "the stored files", { list });
+  }
   const { open, list } = files ? chosenFiles(files) : { open: httpFiles(url) };
   return readCheckpoint(open, files ? "the chosen files" : url, list ? { list } : {});
-};
+}
 
 async function greedyTokens(model, { prompt, greedy, cache }) {
   const ids = [];
@@ -13,14 +38,18 @@ async function greedyTokens(model, { prompt, greedy, cache }) {
   return ids;
 }
 
-/** `requests`: { files or url, prompt, greedy: tokens to make }. Answers the tensors by name, and the tokens with and without a cache. */
+/**
+ * `requests`: { files or url and store, prompt, greedy: tokens to make, memory: bytes for the model }. Answers the tensors by name, the
+ * tokens with and without a cache, and what was read of streamed experts.
+ */
 export async function golden(on, requests) {
   const results = [];
   for (const request of requests) {
     const checkpoint = await opened(request);
     let loaded;
     try {
-      loaded = await readModel(checkpoint, { engine: on });
+      const { memory } = request;
+      loaded = await readModel(checkpoint, { engine: on, ...(memory === undefined ? {} : { memory }) });
     } catch (error) {
       await checkpoint.close();
       throw error;
@@ -32,6 +61,7 @@ export async function golden(on, requests) {
         tensors: tensors.map(({ name, data }) => [name, Array.from(data)]),
         cached: await greedyTokens(model, { ...request, cache: true }),
         recomputed: await greedyTokens(model, { ...request, cache: false }),
+        streaming: model.streamed?.counts() ?? null,
       });
     } finally {
       await close();
