@@ -96,7 +96,8 @@ describe("mutants of a config", () => {
     ],
     ["experts", { num_experts: huge }, /asks for 9007199254740991 experts, but the checkpoint has only/],
     ["wide experts", { intermediate_size: 2 ** 40 }, /experts.0.gate_proj.weight" is .* but config.json asks for/],
-    ["a wide model", { hidden_size: 2 ** 40 }, /but config.json asks for/],
+    ["a wide model", { hidden_size: 2 ** 40, head_dim: 8 }, /but config.json asks for/],
+    ["wide heads", { hidden_size: 2 ** 40 }, /heads? .*channels/],
     ["words", { vocab_size: huge }, /but config.json asks for/],
   ])("with too many %s are refused before memory is taken", async (_, change, message) => {
     await expect(load(new TextEncoder().encode(JSON.stringify({ ...config, ...change })))).rejects.toThrow(message);

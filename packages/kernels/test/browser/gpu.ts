@@ -34,9 +34,14 @@ const subjects: readonly Subject[] = [
     name: "tfjs webgl",
     needs: "webgl2",
     description: /^webgl$/,
-    part: { every: 7, reason: "on WebGL every shape is a program to compile, minutes for all of them" },
+    part: { every: 13, reason: "on WebGL every shape is a program to compile, minutes for all of them" },
   },
-  { name: "tfjs webgpu", needs: "webgpu", description: /^webgpu$/ },
+  {
+    name: "tfjs webgpu",
+    needs: "webgpu",
+    description: /^webgpu$/,
+    part: { every: 3, reason: "a software driver takes most of a minute for all of them" },
+  },
   { name: "gpu.js webgl2", needs: "webgl2", description: /^webgl2$/ },
   { name: "gpu.js webgpu", needs: "webgpu", description: /^webgpu$/ },
 ];
