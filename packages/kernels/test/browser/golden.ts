@@ -116,17 +116,16 @@ export function goldenTests(site: () => Site): void {
       expect(answer).toMatchObject({ live: 0, leaked: 0 });
     });
 
-    // Four tokens: a software driver takes its time.
     it("on webgpu, from chosen files", async ({ skip }) => {
       skip(!(await on(hasWebgpu)), "Chromium has no webgpu here");
-      const answer = await on((page) => withChosenFiles<Answer>(page, folders, "page", "webgpu", {}, requests(4)));
-      expectAll("webgpu, from files", answer, 4);
+      const answer = await on((page) => withChosenFiles<Answer>(page, folders, "page", "webgpu", {}, requests(16)));
+      expectAll("webgpu, from files", answer, 16);
     });
 
     it("on webgpu, over HTTP ranges", async ({ skip }) => {
       skip(!(await on(hasWebgpu)), "Chromium has no webgpu here");
-      const answer = await on((page) => onMainThread<Answer>(page, "checkpoints", "webgpu", {}, requests(2)));
-      expectAll("webgpu, over HTTP", answer, 2);
+      const answer = await on((page) => onMainThread<Answer>(page, "checkpoints", "webgpu", {}, requests(16)));
+      expectAll("webgpu, over HTTP", answer, 16);
     });
   });
 }
