@@ -42,15 +42,13 @@ export const backends: Readonly<Record<string, () => Promise<Opened>>> = {
 export interface GoldenOptions {
   /** Names of `backends`. */
   readonly backends: readonly string[];
-  /** Greedy tokens to compare of each prompt; default: all that were recorded. */
-  readonly greedy?: number;
   say(line: string): void;
 }
 
 /** Compares all folders in `folder`, or `folder` itself. Throws an Error when there is nothing to compare. */
 export async function checkGolden(
   folder: string,
-  { backends: names, say, ...options }: GoldenOptions,
+  { backends: names, say }: GoldenOptions,
 ): Promise<{ passed: number; failed: number }> {
   const folders = foldersOf(folder);
   const total = { passed: 0, failed: 0 };
@@ -73,7 +71,7 @@ export async function checkGolden(
       for (const one of folders) {
         const about = `${basename(one)} on ${name}`;
         try {
-          const report = await check(one, backend.engine, options);
+          const report = await check(one, backend.engine);
           const good = report.failures.length === 0;
           count(good, `${about}: ${good ? "passed" : "FAILED"}: ${summary(report)}`, report.failures);
         } catch (error) {
@@ -107,11 +105,7 @@ function foldersOf(folder: string): string[] {
   return found;
 }
 
-async function check(
-  folder: string,
-  on: Engine,
-  options: Pick<GoldenOptions, "greedy">,
-): Promise<GoldenReport & { readonly prompts: number }> {
+async function check(folder: string, on: Engine): Promise<GoldenReport & { readonly prompts: number }> {
   const held = on.live();
   if (!existsSync(join(folder, "golden.json"))) throw new Error("there is no golden.json");
   const golden = await openGolden(folder);
@@ -120,7 +114,7 @@ async function check(
     const { model, close } = await loadModel(folder, { engine: on });
     let report: GoldenReport;
     try {
-      report = await compareGolden(golden, model, options);
+      report = await compareGolden(golden, model);
     } finally {
       await close();
     }

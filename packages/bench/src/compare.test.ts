@@ -1,7 +1,7 @@
 // A model small enough to check by hand (embedding, a top-2 router that scales nothing, an output matrix) trains on made-up text.
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { join, relative } from "node:path";
 import { deserialize, serialize } from "node:v8";
 import {
   addRows,
@@ -15,6 +15,7 @@ import {
   leaves,
   less,
   linear,
+  mean,
   mul,
   random,
   reshape,
@@ -34,12 +35,14 @@ import {
   type Codec,
   type ComparisonOptions,
   type Contender,
+  type ProbeRouting,
   prepare,
   type SnapshotFiles,
   type Subject,
 } from "./experiment.ts";
 import type { RunResult } from "./results.ts";
 import { measureSpeed } from "./speed.ts";
+import { tracePath } from "./traces.ts";
 
 const root = mkdtempSync(join(tmpdir(), "switchyard-compare-"));
 afterAll(() => rmSync(root, { recursive: true }));
@@ -60,6 +63,7 @@ function subjectOn(
   seed: number,
   batch: (index: number) => TokenBatch,
   saved: string[],
+  merged = false,
 ): Subject {
   const draw = random(host, seed).at("init");
   const tensor = (name: string, shape: number[]): Tensor =>
@@ -101,7 +105,9 @@ function subjectOn(
         logits: scores,
         layers: [
           {
-            plan: { kind: "sparse", experts: chosen, weights },
+            plan: merged
+              ? { kind: "merge", groups: host.tensor(new Int32Array(tokens), [tokens]), coefficients: [meanOf(scores)] }
+              : { kind: "sparse", experts: chosen, weights },
             probabilities: softmax(scores),
             losses: {},
             metrics: { load: addRows(ones, reshape(chosen, [tokens * k]), experts) },
@@ -119,6 +125,9 @@ function subjectOn(
     save: async (tree: Tree, _buffers, folder) => void saved.push(`${folder} ${leaves(tree).length}`),
   };
 }
+
+/** One group's share of each expert, `[1, experts]`. */
+const meanOf = (scores: Tensor): Tensor => reshape(mean(softmax(scores), [0]), [1, experts]);
 
 function text(seed: number, letters: string): string {
   const next = hostRandom(seed);
@@ -154,6 +163,17 @@ const snapshots: SnapshotFiles = {
     }
   },
 };
+
+/** Where every token went, in the run's order; one file per checkpoint. */
+function traceStore(folder: string) {
+  const written = new Map<string, ProbeRouting>();
+  const write = async (path: string, routing: ProbeRouting): Promise<void> => {
+    const name = relative(folder, path).replaceAll("\\", "/");
+    writeFileSync(path, JSON.stringify([...(routing.layers[0]?.ids ?? [])]));
+    written.set(name, routing);
+  };
+  return { written, traces: { write } };
+}
 
 function setup(name: string, steps: number) {
   const host = engine(cpu());
@@ -310,6 +330,130 @@ describe("compareRouters", async () => {
     writeFileSync(join(folder, name), "no snapshot");
     await expect(compareRouters(options, prepared)).rejects.toThrow(CheckpointError);
   });
+});
+
+describe("routing traces", async () => {
+  const whole = setup("traced", 23);
+  const { written, traces } = traceStore(whole.folder);
+  const { runs } = await compareRouters({ ...whole.options, traces }, whole.prepared);
+  const probe = whole.prepared.heldOut.probe;
+
+  test("one per checkpoint and run, named in the record, beside nothing else", () => {
+    const named = runs.flatMap(({ checkpoints }) => checkpoints.map(({ trace }) => trace));
+    expect(named.slice(0, 3)).toEqual(["0000", "0006", "0012"].map((n) => `traces/top_k=1-seed3/step-${n}.trace`));
+    expect(new Set(named).size).toBe(4 * 5);
+    expect([...written.keys()]).toEqual(named);
+    expect(readdirSync(whole.folder)).toEqual(["traces"]);
+    expect(readdirSync(join(whole.folder, "traces", "top_k=2-seed4"))).toHaveLength(5);
+    expect(runs.every((run) => run.untraced === undefined)).toBe(true);
+  });
+
+  test("holds every counted token of the probe once, with its place, in batches that were computed together", () => {
+    const routing = written.get("traces/top_k=2-seed3/step-0012.trace");
+    if (routing === undefined) throw new Error("a trace");
+    expect(routing).toMatchObject({
+      router: "top:k=2",
+      seed: 3,
+      step: 12,
+      totalSteps: 23,
+      domains: ["abcdefgh", "stuvwxyz"],
+    });
+    const expected: number[][] = [];
+    let [batchNumber, windows] = [0, 0];
+    for (const list of probe) {
+      for (const { shape, ids, labels } of list) {
+        for (let at = 0; at < ids.length; at++) {
+          const [row, position] = [Math.floor(at / shape[1]), at % shape[1]];
+          if ((labels[at] ?? -1) >= 0) expected.push([windows + row, batchNumber, position, ids[at] ?? -1]);
+        }
+        batchNumber++;
+        windows += shape[0];
+      }
+    }
+    const found = Array.from(routing.token, (token, i) => [
+      routing.window[i],
+      routing.batch[i],
+      routing.position[i],
+      token,
+    ]);
+    expect(found).toEqual(expected);
+    expect(routing.windows).toEqual(
+      probe.flatMap((list, domain) => list.flatMap(({ shape }) => Array(shape[0]).fill(domain))),
+    );
+  });
+
+  test("its loads, domain by domain, are those of the record", () => {
+    for (const { checkpoints } of runs) {
+      for (const { trace, layers } of checkpoints) {
+        const routing = written.get(trace ?? "");
+        const [own] = routing?.layers ?? [];
+        if (routing === undefined || own === undefined) throw new Error("a trace");
+        expect(own.probabilities).toHaveLength(routing.token.length * experts);
+        for (const [domain, load] of (layers[0]?.load ?? []).entries()) {
+          const counts = new Float64Array(experts);
+          let all = 0;
+          for (let token = 0; token < routing.token.length; token++) {
+            if (routing.windows[routing.window[token] ?? -1] !== domain) continue;
+            for (let slot = 0; slot < own.slots; slot++) {
+              const id = own.ids[token * own.slots + slot] ?? -1;
+              counts[id] = (counts[id] ?? 0) + 1;
+              all++;
+            }
+          }
+          for (const [expert, share] of load.entries()) expect((counts[expert] ?? 0) / all).toBeCloseTo(share, 4);
+        }
+      }
+    }
+  });
+
+  test("interrupted and resumed, the files are the same", async () => {
+    const { options, prepared, folder } = setup("traced-again", 23);
+    const again = traceStore(folder);
+    let steps = 0;
+    let done: readonly RunResult[] = [];
+    for (const stop of [6, 30, 60, Number.POSITIVE_INFINITY]) {
+      const control = new AbortController();
+      const onStep = (): void => void (++steps === stop && control.abort());
+      done = (
+        await compareRouters({ ...options, traces: again.traces, done, signal: control.signal, onStep }, prepared)
+      ).runs;
+    }
+    expect(timeless(done)).toEqual(timeless(runs));
+    expect(readdirSync(folder, { recursive: true }).sort()).toEqual(
+      readdirSync(whole.folder, { recursive: true }).sort(),
+    );
+    for (const [name, routing] of written) expect(again.written.get(name)).toEqual(routing);
+  });
+
+  test("a router whose plans name no experts of a token has none, and says why", async () => {
+    const { host, options, prepared, folder } = setup("merged", 4);
+    const store = traceStore(folder);
+    const merged: Contender = {
+      name: "merged",
+      experts,
+      expertWidth: width,
+      subject: (seed, batch) => subjectOn(host, 1, seed, batch, [], true),
+    };
+    const [run] = (
+      await compareRouters({ ...options, contenders: [merged], seeds: [3], traces: store.traces }, prepared)
+    ).runs;
+    expect(run?.untraced).toContain('a plan of kind "merge"');
+    expect(run?.checkpoints.every((one) => !("trace" in one))).toBe(true);
+    expect([store.written.size, readdirSync(folder)]).toEqual([0, []]);
+  });
+
+  test("a file that cannot be written ends the run with the writer's error", async () => {
+    const { options, prepared } = setup("full", 4);
+    const write = async (): Promise<void> => {
+      throw new CheckpointError("the disk is full");
+    };
+    await expect(compareRouters({ ...options, traces: { write } }, prepared)).rejects.toThrow("the disk is full");
+  });
+});
+
+test("traces sort by step, whatever the number of steps", () => {
+  expect(tracePath("topK-seed1", 40, 400)).toBe("traces/topK-seed1/step-0040.trace");
+  expect(tracePath("topK-seed1", 40, 123_456)).toBe("traces/topK-seed1/step-000040.trace");
 });
 
 test("bits per byte equal the sum written out token by token", async () => {

@@ -16,10 +16,20 @@ import {
   type SnapshotFiles,
   startTrainer,
 } from "./experiment.ts";
-import { finalLayer, joined, type LayerChoices, layerRouting, type Moment, onlyTokens, watch } from "./probe.ts";
+import {
+  finalLayer,
+  joined,
+  type LayerChoices,
+  layerRouting,
+  type Moment,
+  onlyTokens,
+  type Watched,
+  watch,
+} from "./probe.ts";
 import { type CheckpointRecord, checked, checkpointSchema, type FinalRouting, type RunResult } from "./results.ts";
 import { writeSamples } from "./samples.ts";
 import { removeFile } from "./store.ts";
+import { joinDecisions, tokenPlaces, tracePath, writeTrace } from "./traces.ts";
 
 const snapshotName = "interrupted.snapshot";
 const saveEvery = 60; // seconds between snapshots that nobody asked for
@@ -78,7 +88,9 @@ async function oneRun(
   const subject = contender.subject(seed, batch);
   const run = startTrainer(engine, subject, training, { seed, totalSteps: steps, hooks: contender.hooks?.() ?? [] });
   const file = join(folder, snapshotName);
+  const model = modelFolder(contender.name, seed);
   try {
+    let untraced: string | undefined;
     let before: readonly LayerChoices[] | undefined;
     const records: CheckpointRecord[] = [];
     let seconds = 0;
@@ -138,7 +150,30 @@ async function oneRun(
       const layers = look.choices.map((now, layer) => layerRouting(now, look.domains, probe.length, before?.[layer]));
       before = look.choices;
       const loss = last ? await measured(run, prepared) : lossOf(look.nats, probe, prepared);
-      records.push({ step: until, bitsPerByte: loss.bitsPerByte, perDomain: loss.perDomain, layers });
+      let trace: string | undefined;
+      if (options.traces !== undefined) {
+        const held = joinDecisions(probe, look.decisions);
+        if (typeof held === "string") untraced = held;
+        else {
+          trace = tracePath(model, until, steps);
+          await writeTrace(options, trace, {
+            router: contender.name,
+            seed,
+            step: until,
+            totalSteps: steps,
+            domains: options.domains.map(({ name }) => name),
+            ...tokenPlaces(probe),
+            layers: held,
+          });
+        }
+      }
+      records.push({
+        step: until,
+        bitsPerByte: loss.bitsPerByte,
+        perDomain: loss.perDomain,
+        layers,
+        ...(trace === undefined ? {} : { trace }),
+      });
       if (signal?.aborted && !last) {
         await save();
         return undefined;
@@ -147,7 +182,6 @@ async function oneRun(
     }
     const final = await measureFinal(moment(), prepared);
     const samples = await writeSamples(options, subject, moment(), seed);
-    const model = modelFolder(contender.name, seed);
     await subject.save(run.params, run.buffers, join(folder, model));
     const tokens = run.history.reduce((sum, report) => sum + report.tokens, 0);
     return {
@@ -171,6 +205,7 @@ async function oneRun(
       final,
       samples,
       model,
+      ...(untraced === undefined ? {} : { untraced }),
     };
   } finally {
     run.dispose();
@@ -211,24 +246,28 @@ interface Look {
   readonly choices: readonly LayerChoices[];
   /** The domain of each token. */
   readonly domains: Uint8Array;
+  /** Of every batch, all positions: what a routing trace is made from. */
+  readonly decisions: readonly Watched["decisions"][];
 }
 
 async function lookAt(moment: Moment, batches: HeldOut["probe"]): Promise<Look> {
   const nats: number[] = [];
   const labels: number[] = [];
   const parts: LayerChoices[][] = moment.task.routers.map(() => []);
+  const decisions: Watched["decisions"][] = [];
   for (const [domain, list] of batches.entries()) {
     let sum = 0;
     for (const batch of list) {
       const watched = await watch(moment, batch);
       sum += watched.nats;
+      decisions.push(watched.decisions);
       const counted = (token: number): boolean => (batch.labels[token] ?? -1) >= 0;
       for (const [layer, choices] of watched.layers.entries()) parts[layer]?.push(onlyTokens(choices, counted));
       for (let token = 0; token < batch.labels.length; token++) if (counted(token)) labels.push(domain);
     }
     nats.push(sum);
   }
-  return { nats, choices: parts.map(joined), domains: Uint8Array.from(labels) };
+  return { nats, choices: parts.map(joined), domains: Uint8Array.from(labels), decisions };
 }
 
 /** Routing at the end: co-activation on the probe, and the routes that its noised copy changes. */

@@ -76,6 +76,50 @@ export interface SnapshotFiles {
   read(path: string): Promise<TrainerSnapshot>;
 }
 
+/** One MoE layer's decisions for a list of tokens; several plans of a layer stand beside each other. */
+export interface LayerDecisions {
+  /** "dense": the layer needs every expert for every token. */
+  readonly plan: "sparse" | "dense";
+  /** Real experts; null ones have the ids after theirs. */
+  readonly experts: number;
+  readonly nulls: number;
+  /** Ids per token. */
+  readonly slots: number;
+  /** `[tokens, slots]`, -1 = empty. */
+  readonly ids: Int32Array;
+  /** `[tokens, slots]`, 0 where empty. */
+  readonly weights: Float32Array;
+  /** `[tokens, experts + nulls]`, where the router tells them. */
+  readonly probabilities?: Float32Array;
+}
+
+/** Where the counted tokens of the probe went at one checkpoint: what a routing trace holds. */
+export interface ProbeRouting {
+  readonly router: string;
+  readonly seed: number;
+  readonly step: number;
+  readonly totalSteps: number;
+  /** Names of the domains. */
+  readonly domains: readonly string[];
+  /** A place in `domains` for each window of text. */
+  readonly windows: readonly number[];
+  /** `[tokens]`: which window. */
+  readonly window: Uint32Array;
+  /** `[tokens]`: which batch, that is tokens that were computed together. */
+  readonly batch: Uint32Array;
+  /** `[tokens]`: place in the window, from 0. Tokens that only give context are left out. */
+  readonly position: Int32Array;
+  /** `[tokens]` */
+  readonly token: Int32Array;
+  readonly layers: readonly LayerDecisions[];
+}
+
+/** How the routing of a checkpoint goes to a file. */
+export interface TraceFiles {
+  /** Replaces the file whole or not at all; its folder exists. */
+  write(path: string, routing: ProbeRouting): Promise<void>;
+}
+
 export interface ComparisonOptions {
   readonly engine: Engine;
   readonly contenders: readonly Contender[];
@@ -92,6 +136,8 @@ export interface ComparisonOptions {
   /** Where models and snapshots go. */
   readonly folder: string;
   readonly snapshots: SnapshotFiles;
+  /** Keeps the probe's routing at every checkpoint, in `traces/` of the folder; default: not kept. */
+  readonly traces?: TraceFiles;
   /** Aborting it ends the comparison after the current step, with a snapshot. */
   readonly signal?: AbortSignal;
   /** Runs that were done before an interruption. */

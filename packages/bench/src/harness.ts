@@ -94,7 +94,7 @@ export function summarise(samples: readonly number[]): Summary {
   };
 }
 
-const hostClock: Clock = {
+export const hostClock: Clock = {
   now: () => performance.now() / 1000,
   cpu() {
     const usage = globalThis.process?.cpuUsage?.();

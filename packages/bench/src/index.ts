@@ -26,11 +26,14 @@ export {
   type ComparisonOptions,
   type Contender,
   domainRecords,
+  type LayerDecisions,
   type Prepared,
+  type ProbeRouting,
   type Progress,
   prepare,
   type SnapshotFiles,
   type Subject,
+  type TraceFiles,
   type TrainingSettings,
 } from "./experiment.ts";
 export {
@@ -77,4 +80,5 @@ export {
   type TraceReport,
   traceFindings,
   traceReport,
+  troubledExperts,
 } from "./trace-report.ts";

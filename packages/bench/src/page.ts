@@ -73,6 +73,8 @@ select { font: inherit; color: inherit; background: var(--paper); border: 1px so
 .detail { min-height: 2.9em; font-size: .86rem; line-height: 1.45; margin: .5rem 0 0; color: var(--muted); font-variant-numeric: tabular-nums; }
 .detail b { color: var(--ink); font-weight: 600; white-space: pre-wrap; }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; font-size: .88rem; margin: .6rem 0; }
+pre { font: .85rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; overflow-x: auto; background: var(--panel); border: 1px solid var(--rule); border-radius: .4rem; padding: .5rem .8rem; }
+.facts dt .plot { display: inline-block; width: 44px; height: 14px; } .traces { grid-template-columns: fit-content(45%) 1fr; }
 .facts dt { color: var(--muted); } .facts dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
   body { padding: 1.5rem .9rem 3rem; font-size: 1rem; }

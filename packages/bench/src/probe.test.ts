@@ -47,13 +47,58 @@ describe("watch", () => {
       },
       2,
     );
-    const { nats, layers } = await watch(moment, batch);
+    const { nats, layers, decisions } = await watch(moment, batch);
+    const traced = typeof decisions === "string" ? [] : decisions;
+    expect(traced.map(({ plan, experts, nulls, slots }) => [plan, experts, nulls, slots])).toEqual([
+      ["sparse", 2, 1, 2],
+      ["sparse", 2, 0, 2],
+      ["dense", 2, 0, 2],
+    ]);
+    expect([...(traced[0]?.probabilities ?? [])]).toHaveLength(9); // null experts have their column
+    expect(traced[1]).not.toHaveProperty("probabilities");
     expect(nats).toBe(1); // a mean of 0.5 over two counted tokens
     const [first, second, third] = layers;
     expect([first?.k, [...(first?.ids ?? [])]]).toEqual([2, [0, 1, 1, -1, 2, 0]]);
     expect([...(first?.probabilities ?? [])].map((p) => Number(p.toFixed(6)))).toEqual([0.6, 0.2, 0, 1, 0.25, 0.25]);
     expect([...(second?.probabilities ?? [])]).toEqual([0.75, 0.25, 0, 1, 0.5, 0]);
     expect([third?.k, [...(third?.ids ?? [])]]).toEqual([2, [-1, 1, 0, 1, -1, -1]]);
+    expect(host.live()).toBe(before);
+  });
+
+  test("for a trace, several paths of a layer stand beside each other, and a merge plan is a reason", async () => {
+    const host = engine(cpu());
+    const before = host.live();
+    const sparse = (on: Engine): Plan => ({
+      kind: "sparse",
+      experts: i32(on, [0, -1, 1], 1),
+      weights: f32(on, [1, 0.5, 0.25], 1),
+    });
+    const second = (on: Engine): Plan => ({ kind: "dense", weights: f32(on, [0, 2, 3, 1, 0, 0], 2) });
+    const both = await watch(
+      momentOf(host, (on) => [{ plan: sparse(on), more: [{ plan: second(on) }] }], 2),
+      batch,
+    );
+    expect(both.decisions).toEqual([
+      {
+        plan: "dense",
+        experts: 2,
+        nulls: 0,
+        slots: 3,
+        ids: Int32Array.of(0, -1, 1, -1, 0, 1, 1, -1, -1),
+        weights: Float32Array.of(1, 0, 2, 0, 3, 1, 0.25, 0, 0),
+      },
+    ]);
+    expect(both.layers[0]?.k).toBe(1); // the records follow the first path
+    const merge = (on: Engine): Plan => ({
+      kind: "merge",
+      groups: on.tensor(Int32Array.of(0, 0, 0), [3]),
+      coefficients: [f32(on, [0.5, 0.5], 2)],
+    });
+    const merged = await watch(
+      momentOf(host, (on) => [{ plan: sparse(on) }, { plan: merge(on) }], 2),
+      batch,
+    );
+    expect(merged.decisions).toContain('which a plan of kind "merge" does not');
     expect(host.live()).toBe(before);
   });
 

@@ -3,6 +3,7 @@ import { type Engine, leaves, random, type Tensor, type Tree, takeRows, Unsuppor
 import { assignments, coActivation, combinationUsage, type Plan, routingChange } from "@switchyard/core/moe";
 import type { Task } from "@switchyard/core/train";
 import { countedTokens, type TokenBatch } from "./batches.ts";
+import type { LayerDecisions } from "./experiment.ts";
 import {
   type Choices,
   chosenProbabilities,
@@ -35,11 +36,13 @@ export interface LayerChoices extends Choices {
   readonly probabilities: Float32Array; // [tokens, experts]
 }
 
-interface Watched {
+export interface Watched {
   /** Natural-log loss summed over the counted tokens. */
   readonly nats: number;
   /** All positions of the batch, counted or not. */
   readonly layers: readonly LayerChoices[];
+  /** The same with every plan and null expert, as a routing trace keeps it; in words why it cannot. */
+  readonly decisions: readonly LayerDecisions[] | string;
 }
 
 async function read(x: Tensor): Promise<Float64Array> {
@@ -49,6 +52,8 @@ async function read(x: Tensor): Promise<Float64Array> {
 /** One forward pass without gradients. @throws UnsupportedError for a plan that names no experts per token. */
 export async function watch(moment: Moment, batch: TokenBatch): Promise<Watched> {
   const { engine, task, params, buffers, experts, step, totalSteps } = moment;
+  const kinds: Plan["kind"][][] = [];
+  const nulls: number[] = [];
   const kept = engine.scope(() => {
     const pass = task.forward(params, buffers, batch, {
       step,
@@ -61,39 +66,83 @@ export async function watch(moment: Moment, batch: TokenBatch): Promise<Watched>
     });
     return {
       loss: pass.loss,
-      layers: pass.layers.map(({ plan, probabilities }) => {
+      layers: pass.layers.map(({ plan, more = [], probabilities, logits }) => {
+        const wide = (probabilities ?? logits)?.shape.at(-1) ?? experts;
+        kinds.push([plan, ...more.map((path) => path.plan)].map(({ kind }) => kind));
+        nulls.push(Math.max(0, wide - experts));
         return {
           ...tokenWeights(plan),
           ...(probabilities === undefined ? {} : { probabilities }),
+          more: more.flatMap((path) => (namesExperts(path.plan.kind) ? [tokenWeights(path.plan)] : [])),
         };
       }),
     };
   });
   try {
     const tokens = batch.ids.length;
-    const layers: LayerChoices[] = [];
-    for (const { ids, weights, probabilities } of kept.layers) {
+    const chosen = async ({ ids, weights }: TokenWeights): Promise<Choices> => {
       const values = Float32Array.from(await read(weights));
-      const choices =
-        ids === undefined
-          ? fromDense(values, experts)
-          : fromSparse(Int32Array.from(await read(ids)), values, experts, tokens);
-      const distribution =
-        probabilities === undefined
-          ? chosenProbabilities(choices)
-          : firstColumns(await read(probabilities), tokens, experts);
+      return ids === undefined
+        ? fromDense(values, experts)
+        : fromSparse(Int32Array.from(await read(ids)), values, experts, tokens);
+    };
+    const layers: LayerChoices[] = [];
+    const decisions: LayerDecisions[] = [];
+    for (const [layer, { probabilities, more, ...own }] of kept.layers.entries()) {
+      const choices = await chosen(own);
+      const further: Choices[] = [];
+      for (const path of more) further.push(await chosen(path));
+      const wide = probabilities === undefined ? undefined : await read(probabilities);
+      const distribution = wide === undefined ? chosenProbabilities(choices) : firstColumns(wide, tokens, experts);
       layers.push({ ...choices, probabilities: distribution });
+      decisions.push({
+        plan: kinds[layer]?.includes("dense") ? "dense" : "sparse",
+        experts,
+        nulls: nulls[layer] ?? 0,
+        ...beside([choices, ...further], tokens),
+        ...(wide === undefined ? {} : { probabilities: Float32Array.from(wide) }),
+      });
     }
     const [loss = 0] = await read(kept.loss);
-    return { nats: loss * countedTokens(batch), layers };
+    const unheld = kinds.flat().find((kind) => !namesExperts(kind));
+    return {
+      nats: loss * countedTokens(batch),
+      layers,
+      decisions: unheld === undefined ? decisions : unnamed(unheld),
+    };
   } finally {
     // A router may return one tensor in two places.
     for (const tensor of new Set(leaves(kept).map(([, x]) => x))) tensor.dispose();
   }
 }
 
+/** Kinds of plans that name experts for every token, and what these outputs are multiplied by. */
+const namesExperts = (kind: Plan["kind"]): boolean => kind === "sparse" || kind === "dense";
+const unnamed = (kind: Plan["kind"]): string =>
+  `a routing trace names the experts of every token, which a plan of kind "${kind}" does not`;
+
+/** Slots of several plans next to each other, token by token. */
+function beside(parts: readonly Choices[], tokens: number): Pick<LayerDecisions, "slots" | "ids" | "weights"> {
+  const slots = parts.reduce((sum, { k }) => sum + k, 0);
+  const ids = new Int32Array(tokens * slots);
+  const weights = new Float32Array(tokens * slots);
+  let at = 0;
+  for (const part of parts) {
+    for (let i = 0; i < part.ids.length; i++) {
+      const to = Math.floor(i / part.k) * slots + at + (i % part.k);
+      const id = part.ids[i] ?? -1;
+      ids[to] = Math.max(-1, id);
+      weights[to] = id < 0 ? 0 : (part.weights[i] ?? 0);
+    }
+    at += part.k;
+  }
+  return { slots, ids, weights };
+}
+
+type TokenWeights = { readonly weights: Tensor; readonly ids?: Tensor };
+
 /** The experts of each token: ids with weights [tokens, k], or weights alone [tokens, experts]. */
-function tokenWeights(plan: Plan): { readonly weights: Tensor; readonly ids?: Tensor } {
+function tokenWeights(plan: Plan): TokenWeights {
   if (plan.kind === "sparse") return { weights: plan.weights, ids: plan.experts };
   if (plan.kind === "dense") return { weights: plan.weights };
   // A token's share of its group's mixture; of the first expert mode where there are several.

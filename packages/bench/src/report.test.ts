@@ -65,6 +65,27 @@ describe("renderReport", () => {
     expect([...rows].map((row) => row.querySelector("td")?.textContent)).toEqual(["12 %", "14 %", "16 %"]);
   });
 
+  test("traces are linked relative to the report, run by run; without any there is no such part", () => {
+    expect(html).not.toContain("Routing traces");
+    const [topK, other, ...rest] = results.runs;
+    if (topK === undefined || other === undefined) throw new Error("two runs");
+    const checkpoints = topK.checkpoints.map((one) => ({
+      ...one,
+      trace: `traces/topK_k=1-seed1/step-${one.step}.trace`,
+    }));
+    const runs = [{ ...topK, checkpoints }, { ...other, untraced: "a plan of <kind> names none" }, ...rest];
+    const { document: page } = parseHTML(renderReport({ ...results, runs }));
+    const links = [...page.querySelectorAll("dl.traces a")].map((a) => [a.getAttribute("href"), a.textContent]);
+    expect(links).toEqual(checkpoints.map(({ step, trace }) => [trace, `${step}`]));
+    const names = [...page.querySelectorAll("dl.traces dt")].map((dt) => dt.textContent?.trim());
+    expect(names).toEqual([`${topK.router}, seed ${topK.seed}`, `${other.router}, seed ${other.seed}`]);
+    expect(page.querySelector("dl.traces")?.textContent).toContain("a plan of <kind> names none");
+    const [first, last] = [checkpoints[0]?.trace, checkpoints.at(-1)?.trace];
+    expect(page.querySelector("pre")?.textContent).toBe(
+      `npx switchyard trace report ${last}\nnpx switchyard trace diff ${first} ${last}`,
+    );
+  });
+
   test("three dozen routers are told apart by colour, dash and marker together", () => {
     const looks = Array.from({ length: 36 }, (_, i) => JSON.stringify(styleOf(i)));
     expect(new Set(looks).size).toBe(36);

@@ -214,6 +214,33 @@ function noiseHtml(runs: readonly RunResult[], head: (router: string) => string)
   return `<table><thead><tr><th scope="col">router</th>${heads.join("")}</tr></thead><tbody>${rows.join("")}</tbody></table>`;
 }
 
+/** Links to the traces of every run, relative to the report; "" where none were kept. */
+function tracesHtml(runs: readonly RunResult[], head: (router: string) => string): string {
+  const kept = runs.filter(
+    ({ checkpoints, untraced }) => untraced !== undefined || checkpoints.some((one) => one.trace),
+  );
+  if (kept.length === 0) return "";
+  const severalSeeds = new Set(runs.map(({ seed }) => seed)).size > 1;
+  const rows = kept.map(({ router, seed, checkpoints, untraced }) => {
+    const links = checkpoints.flatMap(({ step, trace }) =>
+      trace === undefined ? [] : [`<a href="${escapeHtml(encodeURI(trace))}">${step}</a>`],
+    );
+    const name = `${head(router)}${severalSeeds ? `, seed ${seed}` : ""}`;
+    return `<dt>${name}</dt><dd>${untraced === undefined ? `after ${links.join(", ")} steps` : escapeHtml(untraced)}</dd>`;
+  });
+  const [files = []] = kept
+    .map(({ checkpoints }) => checkpoints.flatMap(({ trace }) => trace ?? []))
+    .filter(({ length }) => length > 1);
+  const [first, last] = [files[0], files.at(-1)].map((file) => escapeHtml(file ?? ""));
+  const commands = first
+    ? `<p>In this folder, the first command shows one, token by token; the second says what changed between two, by layer and by domain.</p>
+<pre>npx switchyard trace report ${last}\nnpx switchyard trace diff ${first} ${last}</pre>`
+    : "";
+  return `<h2>Routing traces</h2>
+<p>Where every token of the probe went, at each checkpoint, as files beside this page.</p>
+${commands}<dl class="facts traces">${rows.join("")}</dl>`;
+}
+
 /** The report as one HTML document. Deterministic: the same results give the same bytes. */
 export function renderReport(results: Results): string {
   const routers = [...new Set(results.runs.map(({ router }) => router))];
@@ -271,7 +298,8 @@ ${noiseHtml(firstRuns, named)}
 <h2>Samples, coloured by expert</h2>
 <p>What each model writes after the underlined words, which it has not seen in training. A token's colour is its leading expert in the chosen
 layer; a button lights up the tokens of one expert. Known words are those that occur in the training text.</p>
-${firstRuns.map((one) => heading(one.router) + readingHtml(one, domainNames)).join("")}`;
+${firstRuns.map((one) => heading(one.router) + readingHtml(one, domainNames)).join("")}
+${tracesHtml(results.runs, named)}`;
   return `<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Switchyard: ${escapeHtml(title)}</title><style>${css}</style></head><body>

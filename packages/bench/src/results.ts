@@ -30,6 +30,8 @@ export interface CheckpointRecord {
   /** In the order of `domains`. */
   readonly perDomain: readonly number[];
   readonly layers: readonly LayerRouting[];
+  /** The probe's routing trace, relative to the results, with "/" between folders; absent where none was kept. */
+  readonly trace?: string;
 }
 
 /** One MoE layer at the end of training, on the probe. */
@@ -93,6 +95,8 @@ export interface RunResult {
   readonly samples: readonly Sample[];
   /** The folder of the saved model, relative to the results. */
   readonly model: string;
+  /** Why the run has no routing traces, where its router is the reason. */
+  readonly untraced?: string;
 }
 
 /** A number over the seeds: the mean and, with two or more seeds, half the width of the 95 % interval. */
@@ -172,6 +176,7 @@ export const checkpointSchema: v.GenericSchema<CheckpointRecord> = v.object({
   bitsPerByte: size,
   perDomain: v.array(size),
   layers: v.array(layerRouting),
+  trace: v.exactOptional(v.string()),
 });
 
 const final: v.GenericSchema<FinalRouting> = v.object({
@@ -213,6 +218,7 @@ export const runSchema: v.GenericSchema<RunResult> = v.object({
   final,
   samples: v.array(sample),
   model: v.string(),
+  untraced: v.exactOptional(v.string()),
 });
 
 export const resultsSchema: v.GenericSchema<Results> = v.object({

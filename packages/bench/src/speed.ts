@@ -81,16 +81,24 @@ export function extrasOf(
 export function stepsThatFit(
   seconds: number,
   speeds: readonly Speed[],
-  { seeds, extras }: { readonly seeds: number; readonly extras: Extras },
+  how: {
+    readonly seeds: number;
+    readonly extras: Extras;
+    /** What the time is for, and what makes it enough, for the refusal. */
+    readonly what?: string;
+    readonly mend?: string;
+  },
 ): number {
+  const { seeds, extras, what = `${speeds.length * seeds} runs` } = how;
+  const { mend = "give more time, fewer routers or seeds, or a smaller size" } = how;
   const sum = (of: (speed: Speed) => number): number => speeds.reduce((total, speed) => total + of(speed), 0) * seeds;
   const fixed = sum(({ evaluation, token }) => 1.1 * (extras.batches * evaluation + extras.tokens * token));
   const perStep = sum(({ step }) => step);
   const steps = Math.floor((0.97 * seconds - fixed) / perStep);
   if (!(steps >= 10)) {
     throw new UnsupportedError(
-      `${Math.max(0, Math.round(seconds))} seconds are too short for ${speeds.length * seeds} runs: ten steps and the evaluations need ` +
-        `${Math.ceil((fixed + 10 * perStep) / 0.97)}; give more time, fewer routers or seeds, or a smaller size`,
+      `${Math.max(0, Math.round(seconds))} seconds are too short for ${what}: ten steps and the evaluations need ` +
+        `${Math.ceil((fixed + 10 * perStep) / 0.97)}; ${mend}`,
     );
   }
   return steps;

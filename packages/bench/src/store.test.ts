@@ -78,6 +78,14 @@ describe("writableFolder", () => {
     expect(readdirSync(join(folder, "new", "deep"))).toEqual([]);
   });
 
+  test.skipIf(process.platform !== "linux")("a file system that takes no folders is refused, not waited for", () => {
+    expect(() => writableFolder("/proc/no-such/runs")).toThrow(
+      new CheckpointError(
+        "cannot make the folder /proc/no-such/runs: /proc takes no new folders; choose another place",
+      ),
+    );
+  });
+
   test("a file in the way is named", () => {
     writeFileSync(join(folder, "file"), "x");
     expect(() => writableFolder(join(folder, "file", "below"))).toThrow("a part of the path is a file");

@@ -9,9 +9,10 @@ import {
   readFileSync,
   renameSync,
   rmSync,
+  statSync,
   writeSync,
 } from "node:fs";
-import { basename, dirname, join } from "node:path";
+import { basename, dirname, join, resolve } from "node:path";
 import { CheckpointError } from "@switchyard/core";
 
 const reasons: ReadonlyMap<string, string> = new Map([
@@ -56,11 +57,30 @@ export function writeWhole(path: string, pieces: readonly (string | Uint8Array)[
   }
 }
 
+/** One by one: Node's recursive mkdir never ends where a file system that takes no folders says that there is no such one (/proc). */
+function makeFolders(path: string): void {
+  const above = dirname(path);
+  if (existsSync(path) && statSync(path).isDirectory()) return;
+  if (!existsSync(above)) makeFolders(above);
+  try {
+    mkdirSync(path);
+  } catch (error) {
+    const code = error instanceof Error && "code" in error ? error.code : undefined;
+    // Another process was faster.
+    if (code === "EEXIST" && statSync(path).isDirectory()) return;
+    if (code === "ENOENT") throw new CheckpointError(`${above} takes no new folders; choose another place`);
+    throw error;
+  }
+}
+
 /** Makes a folder, with a trial file, so that a place which cannot be written to is noticed before any work is done. */
 export function writableFolder(path: string): void {
   try {
-    mkdirSync(path, { recursive: true });
+    makeFolders(resolve(path));
   } catch (error) {
+    if (CheckpointError.isInstance(error)) {
+      throw new CheckpointError(`cannot make the folder ${path}: ${error.message}`, { cause: error });
+    }
     throw explained(`cannot make the folder ${path}`, error);
   }
   const trial = join(path, ".trial");

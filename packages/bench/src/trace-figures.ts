@@ -55,48 +55,108 @@ interface Heat {
   readonly width: Width;
 }
 
+/** Cells of at least so many pixels hold a mark. */
+const markedCell = 7.5;
+const mostBlocks = 4;
+/** Up to so many experts are marked at every width. */
+export const mostMarked = mostBlocks * Math.floor((widths.narrow - 105) / markedCell);
+
+/** Ranges of experts that stand below each other: one, or so many that a cell holds its mark. */
+function blocksOf(experts: number, room: number): [from: number, to: number][] {
+  const count = Math.ceil(experts / Math.floor(room / markedCell));
+  if (count > mostBlocks) return [[0, experts]];
+  const size = Math.ceil(experts / count);
+  return Array.from({ length: count }, (_, i) => [i * size, Math.min(experts, (i + 1) * size)]);
+}
+
+interface Cells {
+  readonly cell: number;
+  readonly height: number;
+  readonly most: number;
+  readonly overload: number;
+}
+
+const inkOn = (share: number): string => (share > 0.55 ? "var(--heat-ink)" : "var(--ink)");
+
+/** The load in every cell, a cross where there is none. */
+function numbersOf(rows: readonly (readonly number[])[], { cell, height, most, overload }: Cells): string {
+  const texts = rows.flatMap((times, y) =>
+    times.map((x, e) => {
+      const bold = x > overload ? ' font-weight="700" text-decoration="underline"' : "";
+      const at = `x="${((e + 0.48) * cell).toFixed(1)}" y="${((y + 0.5) * height).toFixed(1)}"`;
+      return `<text ${at} fill="${inkOn(x / most)}"${bold}>${x === 0 ? "×" : x.toFixed(1)}</text>`;
+    }),
+  );
+  return texts.join("");
+}
+
+/** Crosses and triangles in the cells of dead and overloaded experts: one path for each kind, since there may be thousands. */
+function marksOf(rows: readonly (readonly number[])[], { cell, height, most, overload }: Cells): string {
+  const r = Number(Math.min(2.6, 0.32 * cell, 0.32 * height).toFixed(1));
+  const wide = Number((2 * r).toFixed(1));
+  const paths = { crosses: "", dark: "", light: "" };
+  for (const [y, times] of rows.entries()) {
+    for (const [e, x] of times.entries()) {
+      const [left, middle] = [(e + 0.5) * cell, (y + 0.5) * height];
+      const top = (middle - r).toFixed(1);
+      if (x === 0) paths.crosses += `M${(left - r).toFixed(1)} ${top}l${wide} ${wide}m0-${wide}l-${wide} ${wide}`;
+      else if (x > overload) {
+        paths[x / most > 0.55 ? "light" : "dark"] += `M${left.toFixed(1)} ${top}l${r} ${wide}h-${wide}z`;
+      }
+    }
+  }
+  return (
+    `<path class="crosses" d="${paths.crosses}" fill="none" stroke="var(--ink)" stroke-width=".8"/>` +
+    `<path class="triangles" d="${paths.dark}" fill="var(--ink)"/>` +
+    `<path class="triangles" d="${paths.light}" fill="var(--heat-ink)"/>`
+  );
+}
+
 function heat(rows: readonly HeatRow[], { experts, most, overload, label, width }: Heat): string {
   const room = widths[width];
   const left = Math.min(width === "wide" ? 150 : 105, 12 + 6.4 * Math.max(...rows.map(({ name }) => name.length)));
-  const group = Math.max(1, Math.ceil(experts / (room - left))); // a cell has at least a pixel
-  const columns = Math.ceil(experts / group);
+  const blocks = blocksOf(experts, room - left);
+  const [[, widest] = [0, experts]] = blocks;
+  const group = Math.max(1, Math.ceil(widest / (room - left))); // a cell has at least a pixel
+  const columns = Math.ceil(widest / group);
   const cell = Math.min(60, (room - left - 2) / columns);
   const numbers = cell >= 21 && group === 1;
   const height = numbers ? 21 : Math.max(6, Math.min(15, cell, 420 / rows.length));
-  const shown = rows.map(({ times }) => grouped(times, columns).map((x) => x / most));
-  const marks = rows.flatMap(({ times }, y) =>
-    group > 1 || cell < 7
-      ? []
-      : times.flatMap((x, e) => {
-          const text = numbers ? (x === 0 ? "×" : x.toFixed(1)) : x === 0 ? "×" : x > overload ? "▲" : "";
-          if (text === "") return [];
-          const ink = x / most > 0.55 ? "var(--heat-ink)" : "var(--ink)";
-          const bold = numbers && x > overload ? ' font-weight="700" text-decoration="underline"' : "";
-          const at = `x="${((e + 0.48) * cell).toFixed(1)}" y="${((y + 0.5) * height).toFixed(1)}"`;
-          return [`<text ${at} fill="${ink}"${bold}>${text}</text>`];
-        }),
-  );
   const every = 2 ** Math.ceil(Math.log2(Math.max(1, (23 / cell) * group)));
   const bottom = rows.length * height;
-  const ticks = Array.from({ length: Math.ceil(experts / every) }, (_, i) => {
-    const e = i * every;
-    return `<text x="${((e / group + 0.5) * cell).toFixed(1)}" y="${bottom + 11}">${e}</text>`;
-  });
+  const apart = bottom + 24;
   const step = Math.ceil(11 / height);
   const names = rows.flatMap(({ name }, y) =>
     y % step === 0
       ? [`<text x="-7" y="${((y + 0.5) * height).toFixed(1)}" text-anchor="end">${escapeHtml(name)}</text>`]
       : [],
   );
-  const size = `viewBox="0 0 ${room} ${(bottom + 34).toFixed(0)}"`;
+  const parts = blocks.map(([from, to], block) => {
+    const own = rows.map(({ times }) => times.slice(from, to));
+    const shown = own.map((times) => grouped(times, columns).map((x) => x / most));
+    const marks =
+      group > 1 || cell < 7
+        ? ""
+        : numbers
+          ? numbersOf(own, { cell, height, most, overload })
+          : marksOf(own, { cell, height, most, overload });
+    const ticks = Array.from({ length: Math.ceil((to - from) / every) }, (_, i) => {
+      const e = i * every;
+      return `<text x="${((e / group + 0.5) * cell).toFixed(1)}" y="${bottom + 11}">${from + e}</text>`;
+    });
+    return (
+      `<g transform="translate(0 ${(block * apart).toFixed(1)})">` +
+      `<g class="cells" transform="translate(0 ${(height / 2).toFixed(1)}) scale(${cell.toFixed(3)} ${height.toFixed(2)})" stroke-width="${height > 9 ? 0.94 : 1}">` +
+      `${strokes(shown, cell > 9 ? 0.05 : 0)}</g>` +
+      `<g class="marks" style="font-size:${cell < 25 ? 9 : 10.5}px">${marks}</g>` +
+      `<g class="axis">${names.join("")}${ticks.join("")}</g></g>`
+    );
+  });
+  const end = (blocks.length - 1) * apart + bottom;
   return (
-    `<svg class="plot" ${size} role="img" aria-label="${escapeHtml(label)}"><g transform="translate(${left.toFixed(0)} 2)" ` +
-    `text-anchor="middle" dominant-baseline="central" fill="var(--ink)">` +
-    `<g class="cells" transform="translate(0 ${(height / 2).toFixed(1)}) scale(${cell.toFixed(3)} ${height.toFixed(2)})" stroke-width="${height > 9 ? 0.94 : 1}">` +
-    `${strokes(shown, cell > 9 ? 0.05 : 0)}</g>` +
-    `<g font-size="${numbers ? (cell < 25 ? 9 : 10.5) : 7}">${marks.join("")}</g>` +
-    `<g class="axis">${names.join("")}${ticks.join("")}` +
-    `<text x="${((columns * cell) / 2).toFixed(0)}" y="${bottom + 26}">expert</text></g></g></svg>`
+    `<svg class="plot" viewBox="0 0 ${room} ${(end + 34).toFixed(0)}" role="img" aria-label="${escapeHtml(label)}">` +
+    `<g transform="translate(${left.toFixed(0)} 2)" text-anchor="middle" dominant-baseline="central" fill="var(--ink)">${parts.join("")}` +
+    `<g class="axis"><text x="${((columns * cell) / 2).toFixed(0)}" y="${(end + 26).toFixed(0)}">expert</text></g></g></svg>`
   );
 }
 
@@ -155,7 +215,7 @@ export function squaresFigure(squares: readonly Square[]): string {
     const note = groups > 1 ? ` <span class="note">by groups of ${groups}</span>` : "";
     return (
       `<figure class="square"><h3>${escapeHtml(title)}${note}</h3><svg class="plot" ${box} role="img" aria-label="${escapeHtml(label)}" ` +
-      `text-anchor="middle" dominant-baseline="central" font-size="${font}">${frame}` +
+      `text-anchor="middle" dominant-baseline="central" style="font-size:${font.toFixed(1)}px">${frame}` +
       `<g class="cells" transform="translate(0 10) scale(20)" stroke-width="${numbers ? 0.94 : 1}">` +
       `${strokes(
         small.map((row) => row.map((x) => x / most)),

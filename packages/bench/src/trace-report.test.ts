@@ -3,7 +3,7 @@ import { analyseTrace, type TraceChunk, type TraceHeader, traceTokens } from "@s
 import { parseHTML } from "linkedom";
 import { describe, expect, test } from "vitest";
 import { grouped } from "./trace-figures.ts";
-import { numberList, type TraceReport, traceFindings, traceReport } from "./trace-report.ts";
+import { numberList, type TraceReport, traceFindings, traceReport, troubledExperts } from "./trace-report.ts";
 
 interface Made {
   readonly layers?: number;
@@ -119,7 +119,7 @@ describe("traceReport", () => {
     const { document } = parseHTML(html);
     const maps = [...document.querySelectorAll('svg[aria-label^="Load of every expert"]')];
     expect(maps).toHaveLength(2 * 3); // page and phone, all tokens and two labels
-    const numbers = [...(maps[0]?.querySelectorAll("g[font-size] text") ?? [])].map((text) => text.textContent);
+    const numbers = [...(maps[0]?.querySelectorAll("g.marks text") ?? [])].map((text) => text.textContent);
     const expected = analysis.layers.flatMap(({ load }) =>
       load.map((n) => (n === 0 ? "×" : ((n * 6) / 120).toFixed(1))),
     );
@@ -127,6 +127,51 @@ describe("traceReport", () => {
     expect(expected).toContain("×");
     const rows = [...document.querySelectorAll("tbody tr")].map((row) => row.querySelector("th")?.textContent);
     expect(rows).toEqual(["layer 0", "layer 1", "layer 2"]);
+  });
+
+  test("smaller cells have a cross for every dead expert and a triangle for every overloaded one, at both widths", async () => {
+    const { html, analysis } = await made({ experts: 100, layers: 2, tokens: 90 });
+    const maps = [...parseHTML(html).document.querySelectorAll('svg[aria-label^="Load of every expert"]')];
+    const marks = (map: Element | undefined, kind: string): number =>
+      [...(map?.querySelectorAll(`.${kind}`) ?? [])].reduce(
+        (sum, path) => sum + (path.getAttribute("d")?.match(/M/g)?.length ?? 0),
+        0,
+      );
+    const count = (of: "dead" | "overloaded"): number =>
+      analysis.layers.reduce((sum, layer) => sum + layer[of].length, 0);
+    expect(count("dead")).toBeGreaterThan(0);
+    expect(count("overloaded")).toBeGreaterThan(0);
+    for (const map of maps.slice(0, 2)) {
+      expect([marks(map, "crosses"), marks(map, "triangles")]).toEqual([count("dead"), count("overloaded")]);
+      const texts = [...map.querySelectorAll(".axis text")].map((text) => text.textContent);
+      expect(texts.at(-1)).toBe("expert");
+      expect(texts).toContain("layer 0");
+    }
+    // The phone's map stands in blocks below each other.
+    expect(maps[1]?.querySelectorAll(".cells").length).toBeGreaterThan(maps[0]?.querySelectorAll(".cells").length ?? 9);
+  });
+
+  test("many layers with dead and overloaded experts are summed up, and all named by layer", async () => {
+    const { report } = await made({ experts: 100, layers: 7, tokens: 90 });
+    const layers = report.analysis.layers.map((layer) => ({ ...layer, overloaded: [1, 0] }));
+    const analysis = { ...report.analysis, layers };
+    const html = traceReport({ ...report, analysis });
+    const [dead, , over] = traceFindings(analysis);
+    const all = analysis.layers.reduce((sum, layer) => sum + layer.dead.length, 0);
+    expect(dead).toMatch(
+      new RegExp(`^${all} of 700 experts are dead, in 7 of 7 layers: no token went there\\. The most in layer `),
+    );
+    expect(over).toMatch(
+      /^\d+ experts in 7 of 7 layers carry more than 2 × an even share; most of all expert \d+ in layer \d \(/,
+    );
+    const rows = troubledExperts(analysis);
+    expect(rows).toHaveLength(7);
+    for (const [i, { dead: own }] of analysis.layers.entries())
+      expect(rows[i]?.[1]).toContain(`${own.length} of 100 experts are dead: ${numberList(own)}.`);
+    const details = parseHTML(html).document.querySelector("main > details");
+    expect([...(details?.querySelectorAll("dd") ?? [])].map((dd) => dd.textContent)).toEqual(
+      rows.map(([, text]) => text),
+    );
   });
 
   test("the squares print who works with whom and where tokens go, in per cent", async () => {

@@ -2,9 +2,8 @@
 // from layer to layer, and the text coloured by expert. Light and dark, on a page and a phone, and without colour vision.
 import { type Style, styleOf, swatch } from "./figures.ts";
 import { specialisationOfLoad } from "./metrics.ts";
-import { css, escapeHtml, hue, percent } from "./page.ts";
-import { shortCount } from "./summary.ts";
-import { heatFigure, layersFigure, type Square, squaresFigure, strengthLegend } from "./trace-figures.ts";
+import { css, escapeHtml, factsHtml, hue, percent } from "./page.ts";
+import { heatFigure, layersFigure, mostMarked, type Square, squaresFigure, strengthLegend } from "./trace-figures.ts";
 
 /** What a report says of a layer; `LayerAnalysis` of @switchyard/models has this form. */
 export interface ReportLayer {
@@ -13,6 +12,8 @@ export interface ReportLayer {
   readonly experts: number;
   /** Tokens that each expert saw, `[experts]`. */
   readonly load: readonly number[];
+  /** Summed weights of each expert, `[experts]`. */
+  readonly importance?: readonly number[];
   readonly expertsPerToken: number;
   readonly untouched: number;
   readonly entropy?: number;
@@ -68,8 +69,10 @@ export interface TraceReport {
   labelOf?(sequence: number): number | undefined;
 }
 
-/** Bytes that experts and weights of the tokens may take in the page. */
-const tokenBudget = 1_700_000;
+/** Bytes of a page. */
+const pageBudget = 2_900_000;
+/** Bytes that experts and weights of the tokens may take of them, even beside very many figures. */
+const leastForTokens = 300_000;
 const mostLabels = 6;
 const mostSquares = 6;
 
@@ -85,7 +88,7 @@ export function numberList(ids: readonly number[]): string {
     else runs.push([id, id]);
   }
   const parts = runs.flatMap(([a, b]) => (b - a > 1 ? [`${a} to ${b}`] : a === b ? [`${a}`] : [`${a}`, `${b}`]));
-  return parts.length < 2 ? parts.join("") : `${parts.slice(0, -1).join(", ")} and ${parts.at(-1)}`;
+  return listed(parts);
 }
 
 const times = (load: readonly number[]): number[] => {
@@ -100,43 +103,92 @@ function specialised({ loadByLabel, experts }: ReportLayer): number | undefined 
   return specialisationOfLoad(Float64Array.from(rows.flat()), experts);
 }
 
-const plural = (n: number, what: string): string => `${n} ${what}${n === 1 ? "" : "s"}`;
+/** "10,000". */
+const spelled = (n: number): string => n.toLocaleString("en");
+const plural = (n: number, what: string): string => `${spelled(n)} ${what}${n === 1 ? "" : "s"}`;
+const listed = (parts: readonly string[]): string =>
+  parts.length < 2 ? parts.join("") : `${parts.slice(0, -1).join(", ")} and ${parts.at(-1)}`;
 
-/** What a reader should know first, in sentences. Counted over all layers; each names where. */
-export function traceFindings({ layers, tokens, labels, overload, transitions }: ReportAnalysis): readonly string[] {
-  if (tokens === 0) return ["The trace holds no tokens."];
-  const found: string[] = [];
-  const fewest = Math.min(...layers.map(({ experts, load }) => load.reduce((sum, x) => sum + x, 0) / experts));
-  const most = 10;
-  const listed = (lines: readonly string[], what: string): void => {
-    found.push(...lines.slice(0, most));
-    if (lines.length > most) found.push(`${lines.length - most} more layers have ${what}; the table counts them.`);
-  };
+/** Layers with dead or with overloaded experts get a sentence each up to so many, else one for all of them. */
+const mostSentences = 3;
+
+/** "6 of 64 experts are dead: 10, 14, 30, 35, 41 and 43." */
+function deadText({ dead, experts }: ReportLayer): string {
+  return dead.length === 1
+    ? `expert ${dead[0]} is dead.`
+    : `${dead.length} of ${experts} experts are dead: ${numberList(dead)}.`;
+}
+
+/** "63 (4.1 ×)", busiest first. */
+function overloadedNames(layer: ReportLayer, most: number): string {
+  const all = times(layer.load);
+  const named = layer.overloaded.slice(0, most).map((e) => `${e} (${(all[e] ?? 0).toFixed(1)} ×)`);
+  const more = layer.overloaded.length - named.length;
+  return more > 0 ? `${named.join(", ")} and ${more} more` : listed(named);
+}
+
+/** Every dead expert and, unless `overloaded` is false, the most overloaded ones: a line for each layer that has any. */
+export function troubledExperts(
+  { layers, tokens }: ReportAnalysis,
+  { overloaded = true }: { readonly overloaded?: boolean } = {},
+): readonly (readonly [layer: string, text: string])[] {
+  if (tokens === 0) return [];
+  return layers.flatMap((layer): [string, string][] => {
+    const dead = layer.dead.length > 0 ? [capital(deadText(layer))] : [];
+    const over = overloaded && layer.overloaded.length > 0 ? [`Overloaded: ${overloadedNames(layer, 12)}.`] : [];
+    return dead.length + over.length === 0 ? [] : [[layerName(layer), [...dead, ...over].join(" ")]];
+  });
+}
+
+function deadFindings({ layers }: ReportAnalysis): string[] {
   const dead = layers.filter((layer) => layer.dead.length > 0);
-  if (dead.length === 0) found.push("Every expert of every layer saw a token.");
-  listed(
-    dead.map((layer) => {
-      const { length } = layer.dead;
-      return `${capital(layerName(layer))}: ${length === 1 ? "expert" : `${length} of ${layer.experts} experts are dead: `}${length === 1 ? ` ${layer.dead[0]} is dead` : numberList(layer.dead)}. No token went there.`;
-    }),
-    "dead experts",
-  );
-  if (dead.length > 0 && fewest < 10) {
-    found.push(
-      `That may be chance: an even share is only ${fewest.toFixed(1)} tokens per expert. Use a longer text to be sure.`,
+  const [worst] = [...dead].sort((a, b) => b.dead.length - a.dead.length);
+  if (!worst) return ["Every expert of every layer saw a token."];
+  const fewest = Math.min(...layers.map(({ experts, load }) => load.reduce((sum, x) => sum + x, 0) / experts));
+  const count = (of: (layer: ReportLayer) => number): number => layers.reduce((sum, layer) => sum + of(layer), 0);
+  return [
+    ...(dead.length <= mostSentences
+      ? dead.map((layer) => `${capital(layerName(layer))}: ${deadText(layer)} No token went there.`)
+      : [
+          `${count((layer) => layer.dead.length)} of ${plural(
+            count(({ experts }) => experts),
+            "expert",
+          )} are dead, in ${dead.length} of ${layers.length} layers: no token went there. The most in ${layerName(worst)}: ${deadText(worst)}`,
+        ]),
+    ...(fewest < 10
+      ? [
+          `That may be chance: an even share is only ${fewest.toFixed(1)} tokens per expert. Use a longer text to be sure.`,
+        ]
+      : []),
+  ];
+}
+
+function overloadFindings({ layers, overload }: ReportAnalysis): string[] {
+  const over = layers.filter((layer) => layer.overloaded.length > 0);
+  if (over.length === 0) return [`No expert has more than ${overload} times an even share of the load.`];
+  if (over.length <= mostSentences) {
+    return over.map(
+      (layer) =>
+        `${capital(layerName(layer))}: overloaded beyond ${overload} × an even share: expert${layer.overloaded.length === 1 ? "" : "s"} ${overloadedNames(layer, 4)}.`,
     );
   }
-  const over = layers.filter((layer) => layer.overloaded.length > 0);
-  if (over.length === 0) found.push(`No expert has more than ${overload} times an even share of the load.`);
-  listed(
-    over.map((layer) => {
-      const all = times(layer.load);
-      const named = layer.overloaded.slice(0, 4).map((e) => `${e} (${(all[e] ?? 0).toFixed(1)} ×)`);
-      const more = layer.overloaded.length > 4 ? ` and ${layer.overloaded.length - 4} more` : "";
-      return `${capital(layerName(layer))}: overloaded beyond ${overload} × an even share: expert${layer.overloaded.length === 1 ? "" : "s"} ${named.join(", ")}${more}.`;
-    }),
-    "overloaded experts",
-  );
+  const worst = over
+    .map((layer) => ({ layer, expert: layer.overloaded[0] ?? 0 }))
+    .map((one) => ({ ...one, share: times(one.layer.load)[one.expert] ?? 0 }))
+    .sort((a, b) => b.share - a.share)
+    .slice(0, 3)
+    .map(({ layer, expert, share }) => `expert ${expert} in ${layerName(layer)} (${share.toFixed(1)} ×)`);
+  const count = over.reduce((sum, layer) => sum + layer.overloaded.length, 0);
+  return [
+    `${spelled(count)} experts in ${over.length} of ${layers.length} layers carry more than ${overload} × an even share; most of all ${listed(worst)}.`,
+  ];
+}
+
+/** What a reader should know first, in sentences. Counted over all layers; each names where. */
+export function traceFindings(analysis: ReportAnalysis): readonly string[] {
+  const { layers, tokens, labels, transitions } = analysis;
+  if (tokens === 0) return ["The trace holds no tokens."];
+  const found = [...deadFindings(analysis), ...overloadFindings(analysis)];
   const untouched = layers.filter((layer) => layer.untouched > 0);
   if (untouched.length > 0) {
     const [first] = [...untouched].sort((a, b) => b.untouched - a.untouched);
@@ -187,6 +239,17 @@ function strongestPair(layer: ReportLayer): { layer: ReportLayer; a: number; b: 
   return best;
 }
 
+/** The dead and overloaded experts of every layer, where the findings do not name them all. */
+function namedHtml(analysis: ReportAnalysis): string {
+  const { layers } = analysis;
+  const counts = [
+    layers.filter(({ dead }) => dead.length > 0),
+    layers.filter(({ overloaded }) => overloaded.length > 0),
+  ];
+  if (counts.every(({ length }) => length <= mostSentences)) return "";
+  return `<details class="note"><summary>Dead and overloaded experts of every layer</summary>${factsHtml(troubledExperts(analysis))}</details>`;
+}
+
 const columns: readonly { title: string; meaning: string; text: (layer: ReportLayer) => string }[] = [
   { title: "experts", meaning: "Experts of the layer.", text: ({ experts }) => `${experts}` },
   {
@@ -198,6 +261,11 @@ const columns: readonly { title: string; meaning: string; text: (layer: ReportLa
     title: "busiest",
     meaning: "Load of the busiest expert, times an even share: 1 is even.",
     text: ({ imbalance }) => imbalance.toFixed(2),
+  },
+  {
+    title: "importance",
+    meaning: "Summed weights of the expert that has the most of them, times an even share (1701.06538).",
+    text: ({ importance }) => (importance === undefined ? "" : Math.max(0, ...times(importance)).toFixed(2)),
   },
   { title: "dead", meaning: "Experts that no token chose.", text: ({ dead }) => `${dead.length}` },
   {
@@ -323,7 +391,7 @@ function transitionsHtml({ layers, transitions }: ReportAnalysis): string {
     transitions.length > 12
       ? `${percent(Math.min(...shares))} to ${percent(Math.max(...shares))}`
       : transitions
-          .map(({ to, told: share }) => `${layerName(layers[to] as ReportLayer)} ${percent(share)}`)
+          .map(({ to, told: share }) => `${percent(share)} for ${layerName(layers[to] as ReportLayer)}`)
           .join(", ");
   const left =
     transitions.length > mostSquares ? ` ${mostSquares} of ${transitions.length} transitions are shown.` : "";
@@ -338,6 +406,8 @@ const base64 = (bytes: Uint8Array): string => {
   for (let i = 0; i < bytes.length; i += 0x8000) binary += String.fromCharCode(...bytes.subarray(i, i + 0x8000));
   return btoa(binary);
 };
+
+const bytesOf = (text: string): number => new TextEncoder().encode(text).length;
 
 /** Experts as numbers of one or two bytes (all ones: none), and weights as bytes of `scale`. */
 function packed(ids: ArrayLike<number>, weights: ArrayLike<number> | undefined, wide: boolean, scale: number) {
@@ -364,12 +434,14 @@ const firstOf = (values: ArrayLike<number>, from: number, kept: number): Float64
     (_, i) => values[Math.floor(i / kept) * from + (i % kept)] as number,
   );
 
-/** The coloured text, with what its script needs. */
-function readingHtml({ analysis, tokens, texts, labelOf }: TraceReport): string {
+/** The coloured text, with what its script needs; `others`: bytes of the rest of the page. */
+function readingHtml({ analysis, tokens, texts, labelOf }: TraceReport, others: number): string {
   const { layers, labels } = analysis;
   const most = Math.max(...layers.map(({ experts }) => experts));
   const wide = most > 255;
   const places = tokens.count + tokens.stretches.length;
+  const textBytes = bytesOf(JSON.stringify(texts ?? []));
+  const tokenBudget = Math.max(leastForTokens, pageBudget - others - textBytes);
   const cost = (kept: number, weighted: boolean): number =>
     (places * layers.length * kept * ((wide ? 2 : 1) + (weighted ? 1 : 0)) * 4) / 3;
   let kept = tokens.kept;
@@ -431,17 +503,25 @@ function readingHtml({ analysis, tokens, texts, labelOf }: TraceReport): string 
   const rest = stretches.reduce((sum, { tokens: n }) => sum + n, 0);
   const also =
     rest > 0
-      ? ` The first ${shortCount(count)} tokens stand one by one, the other ${shortCount(rest)} as blocks of up to ${stretches[0]?.tokens} with their most frequent expert.`
+      ? ` The first ${spelled(count)} tokens stand one by one, the other ${spelled(rest)} as blocks of up to ${stretches[0]?.tokens} with their most frequent expert.`
       : count < analysis.tokens
-        ? ` The first ${count} of ${analysis.tokens} tokens.`
+        ? ` The first ${spelled(count)} of ${spelled(analysis.tokens)} tokens.`
         : "";
-  return `<p>A token's colour and number are its leading expert in the chosen layer; a button lights up the tokens of one expert.${also}</p>
+  const used = Math.max(...layers.map(({ expertsPerToken }) => expertsPerToken));
+  const heaviest =
+    used > kept + 0.5
+      ? ` Of every token only the ${plural(kept, "expert")} with the greatest ${tokens.weights ? "weights" : "preference"} fit here.`
+      : "";
+  const brackets = weighted
+    ? ` In brackets stand weights${stretches.length > 0 ? ", of blocks the share of their tokens" : ""}.`
+    : "";
+  return `<p>A token's colour and number are its leading expert in the chosen layer; a button lights up the tokens of one expert.${heaviest}${brackets}${also}</p>
 <div class="reading trace">
 <div class="controls"><label>layer <select aria-label="layer">${options.join("")}</select></label>
 <label><input type="checkbox" checked> expert numbers</label></div>
 <div class="controls chips" role="group" aria-label="light up one expert">${chips.join("")}</div>
-<div class="sample numbers" tabindex="0" role="group" aria-label="text, token by token; arrow keys move"></div>
-<p class="detail" aria-live="polite">Point at a token, tap it, or move with the arrow keys, to see its experts in every layer.</p>
+<div><div class="sample numbers" tabindex="0" role="group" aria-label="text, token by token; arrow keys move"></div>
+<p class="detail" aria-live="polite">Point at a token, tap it, or move with the arrow keys, to see its experts in every layer.</p></div>
 <noscript><p class="note">The coloured text needs JavaScript; nothing is loaded from elsewhere.</p></noscript>
 <script type="application/json">${JSON.stringify(data).replaceAll("<", "\\u003c")}</script></div>`;
 }
@@ -466,11 +546,11 @@ for (const box of document.querySelectorAll(".reading.trace")) {
   const add = (parent, string, kind = data.plain ? " id" : "") => {
     const span = document.createElement("span");
     span.className = "t" + kind;
-    // A line ends after the token's number, not before it.
+    // A line ends after the token's number, not before it; several ends in one token are told by their signs.
     const lines = /\\n*$/.exec(string)[0];
     span.textContent = (string === "" ? "▫" : string.slice(0, string.length - lines.length).replaceAll("\\n", "↵\\n")) + "↵".repeat(lines.length);
     span.i = spans.push(span) - 1;
-    parent.append(span, lines);
+    parent.append(span, lines ? "\\n" : "");
   };
   const head = (string) => { const b = document.createElement("span"); b.className = "from"; b.textContent = string; text.append(b); };
   let at = 0;
@@ -512,7 +592,7 @@ for (const box of document.querySelectorAll(".reading.trace")) {
     name.textContent = k ? "tokens " + (data.stretches.from[j] + 1) + " to " + (data.stretches.from[j] + data.stretches.sizes[j]) : JSON.stringify(data.texts[j]);
     const words = (l) => data.layers[l] + ": " + (routes(i, l).map(([e, w]) => e + (w === null ? "" : " (" + (k ? Math.round(100 * w) + " %" : w.toFixed(2)) + ")")).join(", ") || "no expert");
     const list = document.createElement("span"), chosen = document.createElement("b");
-    chosen.textContent = words(Number(choice.value));
+    chosen.textContent = words(Number(choice.value)).replace(": ", ": experts ").replace("experts no", "no");
     list.className = "routes";
     data.layers.forEach((_, l) => {
       const line = document.createElement("span");
@@ -545,7 +625,7 @@ const traceCss = `
 .trace .chips { max-height: 7.2rem; overflow-y: auto; gap: .3rem; padding: .2rem; }
 .trace .t { padding: .1em 0; box-shadow: -1px 0 0 var(--panel); } .trace .t.block { display: inline-block; } .trace .t.id { margin-right: .35em; padding: .1em .2em; }
 .trace .numbers .t::after { padding-left: .15em; padding-right: .1em; font-weight: 600; opacity: .9; }
-.trace .detail { position: sticky; bottom: 0; background: var(--paper); padding: .5rem 0; max-height: 40vh; overflow-y: auto; border-top: 1px solid var(--rule); }
+.trace .detail { position: sticky; bottom: 0; background: var(--paper); padding: .5rem 0; max-height: min(40vh, 17rem); overflow-y: auto; border-top: 1px solid var(--rule); }
 .routes { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)); gap: 0 1rem; }
 .findings { padding-left: 1.2rem; } .findings li { margin: .25rem 0; overflow-wrap: anywhere; } h1 { overflow-wrap: anywhere; }
 `;
@@ -576,13 +656,13 @@ export function traceReport(report: TraceReport): string {
     ...(labels.length > 1 ? [{ name: "specialisation", values: layers.map(specialised) }] : []),
   ];
   const title = `Routing of ${model.name}`;
-  const lead = `${plural(tokens, "token")} through ${plural(layers.length, "layer")} that route${layers.length === 1 ? "s" : ""}: of ${plural(all, "expert")}, ${dead} dead and ${over} overloaded.`;
+  const lead = `${plural(tokens, "token")} through ${plural(layers.length, "layer")} that route${layers.length === 1 ? "s" : ""}: of ${plural(all, "expert")}, ${dead === 0 ? "none" : spelled(dead)} dead and ${over === 0 ? "none" : spelled(over)} overloaded.`;
   const about = [
     ...(model.type === undefined ? [] : [`model type ${model.type}`]),
     plural(sequences, "text"),
     ...(labels.length > 0 ? [labels.map(({ name, tokens: n }) => `${name} (${plural(n, "token")})`).join(", ")] : []),
   ];
-  const body =
+  const figures =
     tokens === 0
       ? ""
       : `
@@ -595,14 +675,19 @@ ${tableHtml(layers)}
 <figcaption>From 0 to 1 over the layers. Evenness: 1 all experts alike; entropy: 1 undecided, 0 certain.</figcaption></figure>
 <h2>Where the tokens went</h2>
 <p>Load of each expert as a multiple of an even share: 1.0 is even. × is an expert that no token chose; more than ${analysis.overload} × is
-overloaded, underlined or marked ▲.</p>
+overloaded, underlined or marked ▲.${
+          layers.some(({ experts }) => experts > mostMarked)
+            ? " Cells too small for marks have none; the lists above name these experts."
+            : ""
+        }</p>
 ${loadHtml(analysis)}
 <h2>Who works with whom</h2>
 ${togetherHtml(analysis)}
 <h2>From layer to layer</h2>
-${transitionsHtml(analysis)}
-<h2>The text, coloured by expert</h2>
-${readingHtml(report)}`;
+${transitionsHtml(analysis)}`;
+  const named = namedHtml(analysis);
+  const others = bytesOf(figures) + bytesOf(named) + 40_000; // style, script, buttons, findings
+  const body = tokens === 0 ? "" : `${figures}\n<h2>The text, coloured by expert</h2>\n${readingHtml(report, others)}`;
   return `<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Switchyard: ${escapeHtml(title)}</title><style>${css}${traceCss}</style></head><body>
@@ -610,7 +695,7 @@ ${readingHtml(report)}`;
 <p class="lead">${escapeHtml(lead)}</p>
 <p class="meta">${escapeHtml(about.join("; "))}.</p></header>
 <main><h2>What stands out</h2>
-<ul class="findings">${findings.map((one) => `<li>${escapeHtml(one)}</li>`).join("")}</ul>${body}</main>
+<ul class="findings">${findings.map((one) => `<li>${escapeHtml(one)}</li>`).join("")}</ul>${named}${body}</main>
 <script>${script}</script></body></html>
 `;
 }

@@ -1,6 +1,6 @@
 // Arguments of commands: what is taken, and that every refusal names the option.
 import { describe, expect, test } from "vitest";
-import { byteSize, exactly, readArguments, shownBytes, table, tokenIds } from "./arguments.ts";
+import { byteSize, count, exactly, readArguments, shownBytes, table, tokenIds } from "./arguments.ts";
 
 const spec = {
   file: { type: "positional", description: "", required: true },
@@ -49,7 +49,17 @@ describe("readArguments", () => {
     ["Infinity", (given) => given.number("name", { from: 0 }), /found "Infinity"/],
     ["c", (given) => given.choice("name", ["a", "b"]), /--name takes a, b, found "c"/],
     ["1,two", (given) => given.ids("name"), /--name takes token ids separated by commas, such as 1,2,3, found "two"/],
-    [",", (given) => given.ids("name"), /found ","/],
+    [",", (given) => given.ids("name"), /found ",", where id number 1 is missing/],
+    ["1,,2", (given) => given.ids("name"), /found "1,,2", where id number 2 is missing$/],
+    [",1", (given) => given.ids("name"), /found ",1", where id number 1 is missing/],
+    ["1,2,,", (given) => given.ids("name"), /found "1,2,,", where id number 3 is missing/],
+    [
+      `${Array.from({ length: 50 }, (_, i) => i).join()},,7`,
+      (given) => given.ids("name"),
+      /found "49,,", where id number 51/,
+    ],
+    ["4,5x", (given) => given.ids("name"), /found "5x" as id number 2/],
+    ["9", (given) => given.whole("name", { from: 1, to: 8, why: "memory" }), /from 1 to 8 \(memory\), found "9"/],
     ["3 kg", (given) => given.bytes("name"), /--name takes a size such as 512MB, 3GB or 2GiB, found "3 kg"/],
   ])("refuses %s", (value, act, message) => {
     expect(() => act(read("--name", value))).toThrow(message);
@@ -84,7 +94,13 @@ test.each([
 
 test("ids of a file stand on lines too", () => {
   expect(tokenIds("ids.txt", "1,2\n3 4,\n")).toEqual([1, 2, 3, 4]);
+  expect(tokenIds("ids.txt", "1, 2,\n3,\n")).toEqual([1, 2, 3]);
   expect(() => tokenIds("ids.txt", "")).toThrow(/ids\.txt takes token ids/);
+});
+
+test("one of something has no s", () => {
+  expect([count(0, "token"), count(1, "token"), count(2, "token")]).toEqual(["0 tokens", "1 token", "2 tokens"]);
+  expect([count(1, "entry", "entries"), count(2, "entry", "entries")]).toEqual(["1 entry", "2 entries"]);
 });
 
 test("columns", () => {

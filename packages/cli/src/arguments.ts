@@ -25,7 +25,12 @@ export interface Given {
 interface Range {
   readonly from: number;
   readonly to?: number;
+  /** Why there is nothing beyond, for the refusal. */
+  readonly why?: string;
 }
+
+/** "1 window", "2 windows". */
+export const count = (n: number, one: string, many = `${one}s`): string => `${n} ${n === 1 ? one : many}`;
 
 /** @throws UnsupportedError that names the option. */
 export function byteSize(option: string, text: string): number {
@@ -42,16 +47,30 @@ export function shownBytes(bytes: number): string {
   return `${(bytes / (size as number)).toFixed(size === 1 ? 0 : 2)} ${unit}`;
 }
 
-/** Whole numbers from 0, apart by commas or white space. @throws UnsupportedError that names where they come from. */
+/**
+ * Whole numbers from 0, apart by white space or a comma; a comma may stand at the end.
+ * @throws UnsupportedError that names where they come from, what is wrong and its place.
+ */
 export function tokenIds(what: string, text: string): number[] {
-  const parts = text.split(/[\s,]+/).filter((part) => part !== "");
-  const wrong = parts.find((part) => !/^\d{1,9}$/.test(part));
-  if (wrong !== undefined || parts.length === 0) {
-    throw new UnsupportedError(
-      `${what} takes token ids separated by commas, such as 1,2,3, found ${JSON.stringify((wrong ?? text).slice(0, 80))}`,
-    );
+  const ids: number[] = [];
+  const refuse = (found: string): never => {
+    const shown = found.length > 80 ? `${found.slice(0, 80)}...` : found;
+    throw new UnsupportedError(`${what} takes token ids separated by commas, such as 1,2,3, found ${shown}`);
+  };
+  const parts = text.split(",");
+  for (const [i, part] of parts.entries()) {
+    const words = part.split(/\s+/).filter((word) => word !== "");
+    if (words.length === 0 && (i < parts.length - 1 || ids.length === 0)) {
+      // A long list is shown from the id before the hole on.
+      const around = text.trim().length <= 40 ? text.trim() : `${ids.at(-1) ?? ""},,`;
+      refuse(`${JSON.stringify(around)}, where id number ${ids.length + 1} is missing`);
+    }
+    for (const word of words) {
+      if (!/^\d{1,9}$/.test(word)) refuse(`${JSON.stringify(word.slice(0, 60))} as id number ${ids.length + 1}`);
+      ids.push(Number(word));
+    }
   }
-  return parts.map(Number);
+  return ids;
 }
 
 /** Reads arguments by the options of a command, named for messages. @throws UnsupportedError for what a user can mend. */
@@ -108,15 +127,16 @@ export function readArguments(command: string, spec: ArgsDef, rest: readonly str
     if (more.length === 0) return only;
     throw new UnsupportedError(`--${name} is given ${more.length + 1} times; once is enough`);
   };
-  const number = (name: string, { from, to }: Range, whole: boolean): number | undefined => {
+  const number = (name: string, { from, to, why }: Range, whole: boolean): number | undefined => {
     const value = text(name);
     if (value === undefined) return undefined;
     const pattern = whole ? /^-?\d{1,15}$/ : /^-?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?$/i;
     const found = Number(value);
     if (pattern.test(value) && found >= from && (to === undefined || found <= to)) return found;
     const range = to === undefined ? `from ${from}` : `from ${from} to ${to}`;
+    const reason = why === undefined ? "" : ` (${why})`;
     throw new UnsupportedError(
-      `--${name} takes a ${whole ? "whole " : ""}number ${range}, found ${JSON.stringify(value)}`,
+      `--${name} takes a ${whole ? "whole " : ""}number ${range}${reason}, found ${JSON.stringify(value)}`,
     );
   };
   return {

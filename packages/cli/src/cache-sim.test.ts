@@ -55,7 +55,7 @@ beforeAll(async () => {
 test("prints a line for each policy and size", async () => {
   const { code, out, error } = await run(path, "--experts-per-layer", "2,4", "--policy", "lru,belady");
   expect([code, error]).toEqual([0, ""]);
-  expect(out).toContain("whale: 6 tokens, 1 layers of up to 4 experts, 6 requests");
+  expect(out).toContain("whale: 6 tokens, 1 layer of up to 4 experts, 6 requests");
   expect(out).toMatch(/^policy {2}experts per layer {2}hit rate {2}misses {2}loaded ahead {6}read$/m);
   expect(out).toMatch(/^lru +2 +0\.0 % +6 +0 +12\.00 MB$/m);
   expect(out).toMatch(/^belady +2 +33\.3 % +4 +0 +8\.00 MB$/m);

@@ -11,7 +11,7 @@ import {
   type TraceChunk,
 } from "@switchyard/models";
 import { type ArgsDef, defineCommand } from "citty";
-import { byteSize, exactly, readArguments, shownBytes, table } from "./arguments.ts";
+import { byteSize, count, exactly, readArguments, shownBytes, table } from "./arguments.ts";
 import type { Streams } from "./terminal.ts";
 import { usageText } from "./usage.ts";
 
@@ -127,7 +127,8 @@ export async function cacheSim(rest: readonly string[], streams: Streams): Promi
     const rows = results.map((result) => [result.policy, ...numbersOf(result)]);
     const asks = results[0]?.total.requests ?? 0;
     streams.out(
-      `${header.model.name}: ${tokens} tokens, ${header.layers.length} layers of up to ${most} experts, ${asks} requests\n\n`,
+      `${header.model.name}: ${count(tokens, "token")}, ${count(header.layers.length, "layer")} of up to ` +
+        `${count(most, "expert")}, ${count(asks, "request")}\n\n`,
     );
     streams.out(`${table([head, ...rows])}\n`);
     if (results.some(({ total }) => total.bytesRead === null)) {

@@ -6,7 +6,7 @@ import { PassThrough } from "node:stream";
 import { engine } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
 import { chatTemplate, decodingStrategies, generate, loadModel } from "@switchyard/models";
-import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from "vitest";
 import { printable } from "./chat.ts";
 import { main } from "./main.ts";
 import { runCommand } from "./run.test-util.ts";
@@ -62,6 +62,26 @@ test("every answer knows what was said before", async () => {
   const second = await expected([user("A whale"), assistant(first), user("Yale")]);
   const { code, out, error } = await run(["A whale", "", "Yale"]);
   expect({ code, out, error }).toEqual({ code: 0, out: `${first}\n${second}\n`, error: "" });
+});
+
+test("what was said is not run again", async () => {
+  const { out } = await run(["A whale", "Yale", "/reset", "A whale", "My"], ["--json"]);
+  const answers = out
+    .trim()
+    .split("\n")
+    .map((line) => JSON.parse(line));
+  expect(answers.map(({ schema }) => schema)).toEqual(Array(4).fill("switchyard/chat/1"));
+  const [one, two, again, other] = answers;
+  const row = /^\| `chat` \|.*$/m.exec(readFileSync(new URL("../README.md", import.meta.url), "utf8"))?.[0] ?? "";
+  for (const key of Object.keys(one).filter((name) => name !== "schema")) expect(row).toContain(`\`${key}\``);
+  const messages = [user("A whale"), assistant(one.content), user("Yale")];
+  expect([one.content, two.content]).toEqual([await expected(messages.slice(0, 1)), await expected(messages)]);
+  // The answer's last token was made and not run; the new message was neither.
+  expect(one.reused).toBe(0);
+  expect(two.reused).toBeGreaterThanOrEqual(one.prompt - 1);
+  expect(two.reused).toBeLessThan(two.prompt - 3);
+  expect([again.content, again.reused]).toEqual([one.content, one.prompt - 1]);
+  expect(other.reused).toBeGreaterThanOrEqual(one.prompt - 1);
 });
 
 test("/reset, /system and messages over several lines", async () => {
@@ -158,6 +178,78 @@ describe("Ctrl-C", () => {
     input.write("/reset\n");
     expect(await ended).toBe(130);
     expect(error).toBe("Forgotten.\n\nCtrl-C again leaves; so does /exit.\n");
+  });
+});
+
+describe("in a terminal", () => {
+  const saved = Object.getOwnPropertyDescriptor(process.stdout, "isTTY");
+  afterEach(() => {
+    vi.restoreAllMocks();
+    if (saved) Object.defineProperty(process.stdout, "isTTY", saved);
+    else Reflect.deleteProperty(process.stdout, "isTTY");
+  });
+  /** Presses keys; the next ones when the prompt has come again so often. */
+  async function type(keys: readonly string[]) {
+    Object.defineProperty(process.stdout, "isTTY", { value: true, configurable: true });
+    const input = Object.assign(new PassThrough(), { isTTY: true });
+    let shown = "";
+    let prompts = 0;
+    const waiting = [...keys];
+    vi.spyOn(process.stdout, "write").mockImplementation((text) => {
+      shown += String(text);
+      if (/^(> | {2})/.test(String(text))) prompts++;
+      return true;
+    });
+    let [out, error] = ["", ""];
+    const streams = {
+      out: (text: string) => {
+        out += text;
+      },
+      error: (text: string) => {
+        error += text;
+      },
+    };
+    const ended = main(["chat", small, "--backend", "cpu", "--max-new", "5", "--json"], { streams, input });
+    let over = false;
+    void ended.finally(() => {
+      over = true;
+    });
+    for (let seen = 0; !over && waiting.length > 0; ) {
+      while (!over && prompts === seen) await new Promise((done) => setTimeout(done, 5));
+      await new Promise((done) => setTimeout(done, 20));
+      seen = prompts; // a key may draw it at once
+      input.write(waiting.shift());
+    }
+    return { code: await ended, answers: out.trim().split("\n"), error, shown };
+  }
+  const [paste, end] = ["\u001B[200~", "\u001B[201~"];
+
+  const messages = (file: string): unknown => JSON.parse(readFileSync(file, "utf8")).messages;
+
+  test("lines that are pasted together are one message", async () => {
+    const file = join(root, "pasted.json");
+    const text = "My\\\rYale\r\rwas";
+    const keys = [`${paste}${text}${end}`, "!\r", `/save ${file}\r`, "\u0004"];
+    const { code, answers, shown } = await type(keys);
+    expect([code, answers.length]).toEqual([0, 1]);
+    const { content } = JSON.parse(answers[0] ?? "");
+    expect(messages(file)).toEqual([user("My\\\nYale\n\nwas!"), assistant(content)]);
+    expect(shown).toContain("\u001B[?2004h");
+    expect(shown.endsWith("\u001B[?2004l")).toBe(true);
+  });
+
+  test("the end of input while an answer is made", async () => {
+    const { code, answers, error } = await type(["was\r\u0004"]);
+    expect([code, answers.length, error]).toEqual([0, 1, expect.not.stringContaining("closed")]);
+  });
+
+  test("Ctrl-C takes back what was written", async () => {
+    const file = join(root, "taken-back.json");
+    const keys = [`${paste}My\rYa${end}`, "\u0003", "was\r", `/save ${file}\r`, "\u0004"];
+    const { code, error } = await type(keys);
+    expect(code).toBe(0);
+    expect(error).toContain("Ctrl-C again leaves");
+    expect(messages(file)).toMatchObject([user("was"), { role: "assistant" }]);
   });
 });
 

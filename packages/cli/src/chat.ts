@@ -2,7 +2,14 @@
 import { writeFile } from "node:fs/promises";
 import { createInterface } from "node:readline";
 import { CheckpointError, ShapeError, UnsupportedError } from "@switchyard/core";
-import { type ChatMessage, type Ending, generate, type Tokenizer } from "@switchyard/models";
+import {
+  type ChatMessage,
+  type Ending,
+  generate,
+  type PrefixCache,
+  prefixCache,
+  type Tokenizer,
+} from "@switchyard/models";
 import { type ArgsDef, defineCommand } from "citty";
 import { readArguments } from "./arguments.ts";
 import { withAmateur } from "./generate.ts";
@@ -111,12 +118,15 @@ async function obey(line: string, talk: Conversation, open: OpenModel, streams: 
 
 interface Answer {
   readonly text: string;
+  /** Tokens of the conversation so far, and how many of them were not run anew. */
+  readonly prompt: number;
+  readonly reused: number;
   readonly tokens: number;
   readonly ending: Ending | "stopped";
   readonly seconds: number;
 }
 
-type How = Omit<Parameters<typeof generate>[1], "prompt" | "signal">;
+type How = Omit<Parameters<typeof generate>[1], "prompt" | "signal"> & { readonly prefix: PrefixCache };
 
 /** The next message of the model; `show` gets its text as it comes. */
 async function reply(
@@ -141,6 +151,7 @@ async function reply(
       `the conversation has ${prompt.length} tokens, the model's context is ${model.context}: /reset forgets it`,
     );
   }
+  const before = how.prefix.reused;
   let text = "";
   let tokens = 0;
   let ending: Answer["ending"] = "stopped";
@@ -159,7 +170,8 @@ async function reply(
   } catch (error) {
     if (!signal.aborted) throw error;
   }
-  return { text, tokens, ending, seconds: (performance.now() - started) / 1000 };
+  const reused = how.prefix.reused - before;
+  return { text, prompt: prompt.length, reused, tokens, ending, seconds: (performance.now() - started) / 1000 };
 }
 
 /** What a user can mend in the next line. */
@@ -192,12 +204,14 @@ export async function chat(rest: readonly string[], options: CommandLine, stream
       }
       const talk = new Conversation();
       talk.system = given.text("system");
+      // What has been said is not run again.
+      const prefix = prefixCache();
       const how: How = {
-        ...{ tokenizer, strategy: chosen.make(amateur?.model), stop: [...open.endIds, ...stops] },
+        ...{ tokenizer, strategy: chosen.make(amateur?.model), stop: [...open.endIds, ...stops], prefix },
         ...(maxNew === undefined ? {} : { maxNew }),
       };
       let answers = 0;
-      return converse(options, streams, {
+      const conversation = converse(options, streams, {
         hint: `${modelName(open)}. /help shows the commands.\n`,
         hear: async (line, signal) => {
           if (line.startsWith("/") && !line.startsWith("//")) return obey(line, talk, open, streams);
@@ -208,10 +222,10 @@ export async function chat(rest: readonly string[], options: CommandLine, stream
           const messages = [...talk.all, message];
           const said = await reply(open, tokenizer, { messages, how: { ...how, seed: seed + answers }, signal, show });
           answers++;
-          const { text: content, tokens, ending, seconds } = said;
+          const { text: content, ending, ...figures } = said;
           talk.messages.push(message, { role: "assistant", content });
           if (json) {
-            streams.out(`${JSON.stringify({ schema: "switchyard/chat/1", content, tokens, ending, seconds })}\n`);
+            streams.out(`${JSON.stringify({ schema: "switchyard/chat/1", content, ending, ...figures })}\n`);
           } else {
             streams.out("\n");
             if (ending === "stopped") streams.error("(stopped)\n");
@@ -220,6 +234,7 @@ export async function chat(rest: readonly string[], options: CommandLine, stream
           return true;
         },
       });
+      return conversation.finally(() => prefix.dispose());
     }),
   );
 }
@@ -241,10 +256,30 @@ async function converse(
   const lines = createInterface({ input, terminal, ...(terminal ? { output: process.stdout } : {}) });
   let running: AbortController | undefined;
   let [warned, left, failed] = [false, false, false];
+  let begun = "";
+  /** Whether each line to come was pasted together with the next: terminals mark the ends of a paste where they are asked to. */
+  const joined: boolean[] = [];
+  let pasting = false;
+  lines.on("line", () => joined.push(pasting));
+  const pasted = (_: unknown, { name }: { readonly name?: string } = {}): void => {
+    if (name === "paste-start") pasting = true;
+    if (name === "paste-end") pasting = false;
+  };
+  const asPasted = (marked: boolean): void => {
+    if (terminal) process.stdout.write(marked ? "\u001B[?2004h" : "\u001B[?2004l");
+  };
+  input.on("keypress", pasted);
+  asPasted(true);
+  // The end of input may come while an answer is made.
+  let closed = false;
+  lines.once("close", () => {
+    closed = true;
+  });
   const ask = (prompt: string): void => {
-    if (!terminal) return;
+    if (!terminal || closed) return;
     lines.setPrompt(prompt);
-    lines.prompt();
+    // What has been typed or pasted meanwhile goes on where it was.
+    lines.prompt(true);
   };
   const leave = (): void => {
     left = true;
@@ -252,11 +287,17 @@ async function converse(
     lines.close();
   };
   const interrupt = (): void => {
-    if (left) process.exit(130);
+    if (left) {
+      asPasted(false);
+      process.exit(130);
+    }
     if (running && !running.signal.aborted) running.abort();
     else if (running || warned) leave();
     else {
       warned = true;
+      begun = "";
+      // What was written of the line goes as well.
+      for (const name of terminal && !closed ? ["e", "u"] : []) lines.write(null, { ctrl: true, name });
       streams.error("\nCtrl-C again leaves; so does /exit.\n");
       ask("> ");
     }
@@ -281,13 +322,13 @@ async function converse(
   try {
     if (terminal) streams.error(hint);
     ask("> ");
-    let begun = "";
     let goes = true;
     for await (const line of lines) {
       if (left) break;
       warned = false;
-      if (line.endsWith("\\")) {
-        begun += `${line.slice(0, -1)}\n`;
+      const more = joined.shift() ?? false;
+      if (more || line.endsWith("\\")) {
+        begun += `${more ? line : line.slice(0, -1)}\n`;
         ask("  ");
         continue;
       }
@@ -300,6 +341,8 @@ async function converse(
     if (begun.trim() !== "" && goes && !left) await answer(begun.trimEnd());
   } finally {
     lines.close();
+    input.off("keypress", pasted);
+    asPasted(false);
     process.off("SIGINT", interrupt);
     signal?.removeEventListener("abort", leave);
   }

@@ -72,6 +72,17 @@ test("stops at Ctrl-C and leaves nothing", async () => {
   expect(readdirSync(root)).not.toContain("stopped");
 });
 
+test.skipIf(process.platform !== "linux")(
+  "refuses a file system that takes no folders, and does not wait",
+  async () => {
+    const { code, error } = await run(fixture("olmoe"), "/proc/no-such");
+    expect([code, error]).toEqual([
+      1,
+      "switchyard: cannot make the folder /proc/no-such: /proc takes no new folders; choose another place\n",
+    ]);
+  },
+);
+
 test("explains itself", async () => {
   const { code, out } = await run("--help");
   expect(code).toBe(0);

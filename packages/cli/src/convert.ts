@@ -1,7 +1,7 @@
 // `switchyard convert`: another float type, other shards, the other layout of experts, and a certificate of what went where.
 import { type ConvertCertificate, convertCheckpoint, floatTypes } from "@switchyard/models";
 import { type ArgsDef, defineCommand } from "citty";
-import { exactly, readArguments, shownBytes } from "./arguments.ts";
+import { count, exactly, readArguments, shownBytes } from "./arguments.ts";
 import { interruptible } from "./interrupt.ts";
 import type { CommandLine } from "./main.ts";
 import { progressBar } from "./progress.ts";
@@ -51,8 +51,6 @@ EXAMPLE
 Where nothing is asked to change, every file of OUT is a byte-identical copy.
 `;
 
-const plural = (count: number, what: string): string => `${count} ${what}${count === 1 ? "" : "s"}`;
-
 /** Reasons with how many names have them, and a few of these. */
 function grouped(list: readonly { readonly name: string; readonly reason: string }[]): string[] {
   const groups = new Map<string, string[]>();
@@ -78,22 +76,19 @@ export function certificateText({ totals, values, kept, dropped, files, changed,
   return `${[
     `${changed ? "Converted" : "Copied"} to ${target}`,
     "",
-    `  source   ${plural(from.tensors, "tensor")}, ${from.bytes} bytes: each byte found once in the target (${changes})`,
-    `  target   ${plural(to.tensors, "tensor")}, ${to.bytes} bytes: each byte from one place of the source`,
+    `  source   ${count(from.tensors, "tensor")}, ${count(from.bytes, "byte")}: each byte found once in the target (${changes})`,
+    `  target   ${count(to.tensors, "tensor")}, ${count(to.bytes, "byte")}: each byte from one place of the source`,
     ...(values.converted
       ? [
           `  values   ${values.converted} in another type, ${rounded} rounded, ${toZero} of them to zero, ${saturated} to the largest number`,
         ]
       : []),
-    ...(kept.length ? [`  kept     ${plural(kept.length, "tensor")} in the stored type:`, ...grouped(kept)] : []),
+    ...(kept.length ? [`  kept     ${count(kept.length, "tensor")} in the stored type:`, ...grouped(kept)] : []),
     dropped.length
-      ? `  dropped  ${plural(dropped.length, "tensor")}:\n${grouped(dropped).join("\n")}`
+      ? `  dropped  ${count(dropped.length, "tensor")}:\n${grouped(dropped).join("\n")}`
       : "  dropped  no tensor",
     ...(files.leftOut.length
-      ? [
-          `  left out ${plural(files.leftOut.length, "entry").replace("entrys", "entries")} of the folder:`,
-          ...grouped(files.leftOut),
-        ]
+      ? [`  left out ${count(files.leftOut.length, "entry", "entries")} of the folder:`, ...grouped(files.leftOut)]
       : []),
     `  files    ${files.target.length} written, ${copies} of them byte-identical copies; SHA-256:`,
     ...sums,

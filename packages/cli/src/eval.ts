@@ -2,7 +2,7 @@
 import { UnsupportedError } from "@switchyard/core";
 import { type EvaluateProgress, type Evaluation, evaluateText, evaluateTokens } from "@switchyard/models";
 import { type ArgsDef, defineCommand } from "citty";
-import { readArguments, tokenIds } from "./arguments.ts";
+import { count, readArguments, tokenIds } from "./arguments.ts";
 import { interruptible } from "./interrupt.ts";
 import type { CommandLine } from "./main.ts";
 import {
@@ -10,6 +10,7 @@ import {
   modelArguments,
   modelName,
   needTokenizer,
+  newFile,
   recording,
   streamingText,
   traceArg,
@@ -63,12 +64,14 @@ EXAMPLE
 Ctrl-C ends it with the figures of what has been read so far.
 `;
 
-function figures({ tokens, scored, windows, bytes, perplexity, bitsPerToken, bitsPerByte }: Evaluation): string {
+function figures(found: Evaluation): string {
+  const { tokens, scored, windows, bytes, perplexity, bitsPerToken, bitsPerByte, withoutBytes } = found;
   const lines = [
     `perplexity      ${perplexity.toFixed(4)}`,
     `bits per token  ${bitsPerToken.toFixed(4)}`,
     ...(bitsPerByte === undefined ? [] : [`bits per byte   ${bitsPerByte.toFixed(4)}`]),
-    `foretold        ${scored} of ${tokens} tokens${bytes === undefined ? "" : `, ${bytes} bytes`}, in ${windows} windows`,
+    ...(withoutBytes === undefined ? [] : [`bits per byte   ${withoutBytes}`]),
+    `foretold        ${scored} of ${count(tokens, "token")}${bytes === undefined ? "" : `, ${count(bytes, "byte")}`}, in ${count(windows, "window")}`,
   ];
   return `${lines.join("\n")}\n`;
 }
@@ -81,6 +84,7 @@ export async function evaluate(rest: readonly string[], options: CommandLine, st
   }
   const given = readArguments("eval", evalArgs, rest);
   const args = modelArguments("eval", given);
+  const trace = newFile("trace", given);
   const [textFile, idsFile] = [given.text("text"), given.text("ids")];
   if ((textFile === undefined) === (idsFile === undefined)) {
     const found = textFile === undefined ? "neither" : "both";
@@ -127,7 +131,7 @@ export async function evaluate(rest: readonly string[], options: CommandLine, st
           }
         };
         try {
-          const found = await recording(open, given.text("trace"), (model) => {
+          const found = await recording(open, trace, (model) => {
             if (text === undefined) return evaluateTokens(model, ids ?? [], how);
             const words = needTokenizer(open, "--text", "Give token ids: --ids FILE");
             return evaluateText(model, words, text, how);

@@ -1,5 +1,5 @@
 // The command on small checkpoints: ids and text are those of the function, every strategy is there with its options, and Ctrl-C ends a text.
-import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { engine, random } from "@switchyard/core";
@@ -183,6 +183,16 @@ test("contrastive decoding opens its amateur", async () => {
   expect(JSON.parse(out).ids).toHaveLength(3);
 });
 
+test("one token is one, and a run that fails leaves no empty trace in the way", async () => {
+  const trace = join(root, "failed.trace");
+  const failed = await run(fixture("olmoe"), "--ids", "999999", "--trace", trace);
+  expect([failed.code, existsSync(trace)]).toEqual([1, false]);
+  const one = await run(fixture("olmoe"), "--ids", "1", "--max-new", "1", "--ignore-eos", "--trace", trace);
+  expect(one.error).toMatch(/^1 token in /);
+  const { out } = await runCommand(["cache-sim", trace]);
+  expect(out).toMatch(/^olmoe \(olmoe\): 1 token, \d+ layers of up to \d+ experts, \d+ requests$/m);
+});
+
 test("in little memory the same ids come, and a trace foretells what was read", async () => {
   const trace = join(root, "run.trace");
   const args = ["--ids", "1,2,3,4", "--max-new", "6", "--ignore-eos", "--json"];
@@ -238,7 +248,7 @@ test("Ctrl-C ends the text and keeps what there is", async () => {
   expect(code).toBe(130);
   expect(all.out.startsWith(out.trimEnd())).toBe(true);
   expect(out.length).toBeLessThan(all.out.length);
-  expect(error).toMatch(/Stopping after this token.*\n\d+ tokens in .*; stopped\n$/s);
+  expect(error).toMatch(/Stopping after this token.*\n\d+ tokens? in .*; stopped\n$/s);
   expect(process.listenerCount("SIGINT")).toBe(0);
 });
 
@@ -269,6 +279,22 @@ test.each([
   [["a", "--ids", "1", "--json", "--stream"], /--stream and --json exclude each other/],
   [["a", "--ids", "1", "--stop-ids", "1", "--ignore-eos"], /exclude each other/],
   [["a", "--ids", "1", "--system", "x"], /--system needs --chat/],
+  [
+    ["a", "--ids", "1", "--strategy", "beam", "--beams", "100000"],
+    /--beams takes a whole number from 1 to 256 \(each is computed at once .* in memory\), found "100000"/,
+  ],
+  [
+    ["a", "--ids", "1", "--strategy", "selfConsistency", "--answer", "x", "--samples", "9999999"],
+    /--samples takes a whole number from 1 to 1024 \(.*memory\)/,
+  ],
+  [
+    ["a", "--ids", "1", "--strategy", "contrastiveSearch", "--candidates", "257"],
+    /--candidates takes a whole number from 1 to 256 \(.*memory\)/,
+  ],
+  [
+    ["a", "--ids", "1", "--trace", import.meta.filename],
+    /cannot write .*generate\.test\.ts \(--trace\): there is such a file already; delete it, or name another one$/m,
+  ],
   [["a", "--ids", "1", "--max-new", "-1"], /--max-new takes a whole number from 0/],
   [["a", "--ids", "1", "--policy", "lru"], /--policy says which experts are kept in --memory/],
   [["a", "--ids", "1"], /a has no config\.json/],

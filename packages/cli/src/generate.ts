@@ -2,7 +2,7 @@
 import { UnsupportedError } from "@switchyard/core";
 import { type Ending, type GeneratedToken, generate as generateTokens } from "@switchyard/models";
 import { type ArgsDef, defineCommand } from "citty";
-import { type Given, readArguments } from "./arguments.ts";
+import { count, type Given, readArguments } from "./arguments.ts";
 import { interruptible } from "./interrupt.ts";
 import type { CommandLine } from "./main.ts";
 import {
@@ -11,6 +11,7 @@ import {
   modelArguments,
   modelName,
   needTokenizer,
+  newFile,
   type OpenModel,
   promptArgument,
   promptIds,
@@ -122,6 +123,7 @@ export async function generate(rest: readonly string[], options: CommandLine, st
   }
   const given = readArguments("generate", generateArgs, rest);
   const args = modelArguments("generate", given);
+  const trace = newFile("trace", given);
   promptArgument("generate", given);
   if (given.text("system") !== undefined && !given.flag("chat")) throw new UnsupportedError("--system needs --chat");
   const [json, stream] = [given.flag("json"), given.flag("stream")];
@@ -146,7 +148,7 @@ export async function generate(rest: readonly string[], options: CommandLine, st
         let ending: Ending | "stopped" = "stopped";
         const started = performance.now();
         try {
-          await recording(open, given.text("trace"), async (running) => {
+          await recording(open, trace, async (running) => {
             const made = generateTokens(running, {
               prompt: ids,
               ...(tokenizer ? { tokenizer } : {}),
@@ -184,7 +186,7 @@ export async function generate(rest: readonly string[], options: CommandLine, st
           streams.out(stream ? "\n" : `${text ?? found.join(",")}\n`);
           const speed = tokens.length > 0 ? `, ${(tokens.length / seconds).toFixed(1)} tokens/s with the prompt` : "";
           streams.error(
-            `${tokens.length} tokens in ${seconds.toFixed(1)} s${speed}; ${endings[ending]}\n${streamingText(open)}`,
+            `${count(tokens.length, "token")} in ${seconds.toFixed(1)} s${speed}; ${endings[ending]}\n${streamingText(open)}`,
           );
         }
         return ending === "stopped" ? 130 : 0;

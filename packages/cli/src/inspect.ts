@@ -2,7 +2,7 @@
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { shortCount, traceFindings } from "@switchyard/bench";
+import { shortCount, traceFindings, troubledExperts } from "@switchyard/bench";
 import { UnsupportedError } from "@switchyard/core";
 import { analyseTrace, type CheckpointSummary, type TraceAnalysis } from "@switchyard/models";
 import { type ArgsDef, defineCommand } from "citty";
@@ -14,7 +14,7 @@ import { progressBar } from "./progress.ts";
 import { recordTexts, summaryOf, textArgs, textArguments } from "./recording.ts";
 import type { Streams } from "./terminal.ts";
 import { reportOf, withTrace, writeReport } from "./trace.ts";
-import { usageText } from "./usage.ts";
+import { usageText, wrapped } from "./usage.ts";
 
 const inspectArgs = {
   ...textArgs,
@@ -40,7 +40,16 @@ EXAMPLE
   switchyard inspect OLMoE-1B-7B
   switchyard inspect OLMoE-1B-7B --text novel.txt --tokens 10000 --out routing.html
 
-Without a text no weights are read. Entropy: 0 a router is certain, 1 it is undecided; evenness: 1 all experts alike.
+Without a text no weights are read. With one, a row per layer that routes:
+  each      experts a token goes to, mean
+  busiest   load of the busiest expert, times an even share
+  weight    importance: the same for the summed weights of an expert
+  dead      experts that no token chose
+  over      experts with more than twice an even share
+  evenness  entropy of the load: 1 all experts alike
+  entropy   of a token's routing: 0 certain, 1 undecided
+  pairs     share of the pairs of experts that make 95 % of all meetings
+  told      what a token's expert in the layer before tells about this one
 `;
 
 const percent = (x: number, of: number): string => `${((100 * x) / Math.max(1, of)).toFixed(1)} %`;
@@ -79,20 +88,44 @@ function summaryText(folder: string, summary: CheckpointSummary): string {
 }
 
 function routingText(analysis: TraceAnalysis): string {
-  const rows = analysis.layers.map((layer) => [
-    `layer ${layer.index}${layer.name === undefined ? "" : ` ${layer.name}`}`,
+  const { layers, transitions } = analysis;
+  const told = new Map(transitions.map(({ to, told: share }) => [to, share]));
+  const busiest = (values: readonly number[]): string => {
+    const total = values.reduce((sum, x) => sum + x, 0);
+    return total === 0 ? "0.00" : ((Math.max(...values) * values.length) / total).toFixed(2);
+  };
+  const rows = layers.map((layer, i) => [
+    `${layer.index}${layer.name === undefined ? "" : ` ${layer.name}`}`,
     `${layer.experts}`,
     layer.expertsPerToken.toFixed(2),
     layer.imbalance.toFixed(2),
+    layer.importance === undefined ? "" : busiest(layer.importance),
     `${layer.dead.length}`,
     `${layer.overloaded.length}`,
     layer.loadEntropy.toFixed(2),
     layer.entropy?.toFixed(2) ?? "",
+    layer.combinations === undefined ? "" : `${Math.round(100 * layer.combinations)} %`,
+    told.has(i) ? `${Math.round(100 * (told.get(i) ?? 0))} %` : "",
   ]);
-  const head = ["routing", "experts", "per token", "busiest", "dead", "overloaded", "evenness", "entropy"];
-  return `\n${table([head, ...rows])}\n\n${traceFindings(analysis)
-    .map((line) => `* ${line}`)
-    .join("\n")}\n`;
+  const head = [
+    "layer",
+    "experts",
+    "each",
+    "busiest",
+    "weight",
+    "dead",
+    "over",
+    "evenness",
+    "entropy",
+    "pairs",
+    "told",
+  ];
+  const findings = traceFindings(analysis).map((line) => wrapped("*", line, 2));
+  const troubled = troubledExperts(analysis, { overloaded: false });
+  // A few layers are named in the findings.
+  const wide = Math.max(0, ...troubled.map(([name]) => name.length)) + 2;
+  const named = troubled.length > 3 ? troubled.map(([name, text]) => wrapped(name, text, wide)) : [];
+  return `\n${table([head, ...rows])}\n\n${[...findings, ...(named.length > 0 ? ["", ...named] : [])].join("\n")}\n`;
 }
 
 /** Runs the command. Answers the exit code. @throws UnsupportedError, CheckpointError, ShapeError for what a user can mend. */

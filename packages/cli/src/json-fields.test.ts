@@ -24,6 +24,7 @@ test.each<[string, readonly string[]]>([
   ["eval", [at("small"), "--text", at("text.txt"), "--threads", "1"]],
   ["logits", [at("small"), "--ids", "1,2", "--out", at("all.safetensors"), "--threads", "1"]],
   ["convert", [at("small"), at("copy")]],
+  ["finetune", [at("small"), at("tuned"), "--text", at("text.txt"), "--length", "8", "--steps", "1", "--threads", "1"]],
   ["cache-sim", [at("run.trace")]],
 ])("%s %j", async (command, args) => {
   const { code, out, error } = await runCommand([command, ...args, "--json"]);

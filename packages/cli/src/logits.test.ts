@@ -1,5 +1,5 @@
 // The command on a recorded checkpoint: the file holds what was recorded, and every refusal is one line.
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileSource, readHeader, toFloat32 } from "@switchyard/models";
@@ -12,6 +12,7 @@ afterAll(() => rmSync(root, { recursive: true }));
 const path = (name: string): string => join(root, name);
 const run = (...args: string[]) => runCommand(["logits", ...args]);
 const out = path("logits.safetensors");
+const fresh = path("not-written.safetensors");
 
 beforeAll(() => saveSmallModel(path("small")));
 
@@ -29,7 +30,11 @@ async function tensors(file: string) {
 test.each(["--backend=cpu", "--threads=1"])("writes what the model computes (%s)", async (how) => {
   const { prompts } = JSON.parse(readFileSync(join(fixture("mixtral"), "golden.json"), "utf8"));
   const [{ input_ids: ids, argmax_ids: largest }] = prompts;
-  const { code, out: text, error } = await run(fixture("mixtral"), "--ids", ids.join(","), "--out", out, how);
+  const {
+    code,
+    out: text,
+    error,
+  } = await run(fixture("mixtral"), "--ids", ids.join(","), "--out", out, "--replace", how);
   expect([code, error]).toEqual([0, ""]);
   expect(text).toContain(`mixtral (mixtral): ${ids.length} tokens, `);
   expect(text).toMatch(/^next id +logit +probability$/m);
@@ -51,7 +56,7 @@ test("takes text where there is a tokenizer, and prints JSON", async () => {
     "--prompt",
     "A whale",
     "--out",
-    out,
+    path("text.safetensors"),
     "--backend",
     "cpu",
     "--json",
@@ -63,6 +68,26 @@ test("takes text where there is a tokenizer, and prints JSON", async () => {
   expect(argmax.at(-1)).toBe(next[0].id);
   expect(typeof next[0].text).toBe("string");
   expect(list).toHaveLength(2 * 7 + 3);
+});
+
+test("writes over a file only when asked to, and whole", async () => {
+  const file = path("there.safetensors");
+  writeFileSync(file, "mine");
+  const args = [fixture("olmoe"), "--ids", "1", "--out", file, "--backend", "cpu"];
+  const { code, error } = await run(...args);
+  expect([code, readFileSync(file, "utf8")]).toEqual([1, "mine"]);
+  expect(error).toMatch(
+    /there\.safetensors \(--out\): there is such a file already; .* or --replace puts the new one in/,
+  );
+  const failed = await run(fixture("olmoe"), "--ids", "1,999999", ...args.slice(3), "--replace");
+  expect([failed.code, readFileSync(file, "utf8")]).toEqual([1, "mine"]);
+  const replaced = await run(...args, "--replace");
+  expect([replaced.code, replaced.error]).toEqual([0, ""]);
+  expect(replaced.out).toMatch(/^olmoe \(olmoe\): 1 token, \d+ tensors, /);
+  const { list, close } = await tensors(file);
+  expect(list.has("logits")).toBe(true);
+  await close();
+  expect(readdirSync(root).filter((name) => name.startsWith("."))).toEqual([]);
 });
 
 test("explains itself", async () => {
@@ -79,14 +104,14 @@ test.each([
   [["a", "--ids", "1,x"], /--ids takes token ids separated by commas, such as 1,2,3, found "x"/],
   [["a", "--ids", "1"], /needs a file to write: --out FILE\.safetensors, found null/],
   [["a", "--ids", "1", "--out", "x.json"], /found "x\.json"/],
-  [["a", "--ids", "1", "--out", out, "--backend", "cuda"], /--backend takes wasm, webgpu/],
-  [["a", "--ids", "1", "--out", out], /a has no config\.json/],
+  [["a", "--ids", "1", "--out", fresh, "--backend", "cuda"], /--backend takes wasm, webgpu/],
+  [["a", "--ids", "1", "--out", fresh], /a has no config\.json/],
   [
-    [fixture("olmoe"), "--ids", "1,999999", "--out", out, "--backend", "cpu"],
+    [fixture("olmoe"), "--ids", "1,999999", "--out", fresh, "--backend", "cpu"],
     /id 999999 is not in a vocabulary of 256/,
   ],
   [
-    [fixture("olmoe"), "--prompt", "x", "--out", out, "--backend", "cpu"],
+    [fixture("olmoe"), "--prompt", "x", "--out", fresh, "--backend", "cpu"],
     /--prompt needs a tokenizer: .*Give token ids/,
   ],
   [

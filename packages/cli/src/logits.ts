@@ -3,11 +3,12 @@ import { basename, dirname } from "node:path";
 import { UnsupportedError } from "@switchyard/core";
 import { encodeSafetensors, type RecordedTensor, recordedSources, recordLogits, saveFiles } from "@switchyard/models";
 import { type ArgsDef, defineCommand } from "citty";
-import { readArguments, shownBytes, table } from "./arguments.ts";
+import { count, readArguments, shownBytes, table } from "./arguments.ts";
 import {
   modelArgs,
   modelArguments,
   modelName,
+  newFile,
   type OpenModel,
   promptArgument,
   promptIds,
@@ -24,6 +25,7 @@ const logitsArgs = {
     valueHint: "TEXT",
   },
   out: { type: "string", description: "The file to write, FILE.safetensors", valueHint: "FILE" },
+  replace: { type: "boolean", description: "Put it in the place of a file of that name, when it is complete" },
   ...modelArgs,
   json: { type: "boolean", description: "Print the summary as JSON" },
 } as const satisfies ArgsDef;
@@ -96,6 +98,7 @@ export async function logits(rest: readonly string[], streams: Streams): Promise
       `logits needs a file to write: --out FILE.safetensors, found ${JSON.stringify(out ?? null)}`,
     );
   }
+  if (!given.flag("replace")) newFile("out", given, "--replace puts the new one in its place");
   return withModel(args, async (open) => {
     const ids = promptIds(open, prompt);
     const tensors = await recordLogits(open.model, ids);
@@ -131,7 +134,7 @@ export async function logits(rest: readonly string[], streams: Streams): Promise
     ]);
     const head = ["next id", "logit", "probability", ...(open.tokenizer ? ["text"] : [])];
     streams.out(
-      `${modelName(open)}: ${ids.length} tokens, ${tensors.length} tensors, ${shownBytes(bytes)} in ${out}\n\n`,
+      `${modelName(open)}: ${count(ids.length, "token")}, ${count(tensors.length, "tensor")}, ${shownBytes(bytes)} in ${out}\n\n`,
     );
     streams.out(`${table([head, ...rows])}\n`);
     return 0;

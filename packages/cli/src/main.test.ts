@@ -1,11 +1,12 @@
 // The command from end to end on small made-up text: what it writes, prints and refuses, and that an interrupted run ends like an uninterrupted one.
+import { createHash } from "node:crypto";
 import { chmodSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseResults, type Results } from "@switchyard/bench";
 import { engine } from "@switchyard/core";
 import { cpu } from "@switchyard/core/cpu";
-import { loadModel } from "@switchyard/models";
+import { analyseTrace, fileSource, loadModel, readTrace } from "@switchyard/models";
 import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
 import { main } from "./main.ts";
 import { routersFrom } from "./routers.ts";
@@ -97,7 +98,15 @@ describe("train", () => {
   });
 
   test("leaves models, results and a report, and nothing else", () => {
-    const names = ["reMoE-seed1", "report.html", "results.json", "run.json", "switchRouter-seed1", "topK-seed1"];
+    const names = [
+      "reMoE-seed1",
+      "report.html",
+      "results.json",
+      "run.json",
+      "switchRouter-seed1",
+      "topK-seed1",
+      "traces",
+    ];
     expect(readdirSync(path("runs", "whole")).sort()).toEqual(names);
     expect(readFileSync(path("runs", "whole", "report.html"), "utf8")).toContain("3 routers compared");
   });
@@ -154,11 +163,61 @@ describe("train", () => {
     expect(third.code).toBe(0);
     expect(timeless(results("stopped"))).toEqual(timeless(results("whole")));
     expect(results("stopped").complete).toBe(true);
-    // Models too, byte for byte.
+    // Traces and models too, byte for byte.
+    const traces = results("whole").runs.flatMap(({ checkpoints }) => checkpoints.map(({ trace }) => trace ?? ""));
+    const kept = readdirSync(path("runs", "stopped", "traces"), { recursive: true, withFileTypes: true });
+    expect(kept.filter((entry) => entry.isFile())).toHaveLength(traces.length);
+    for (const trace of traces) {
+      const [a, b] = ["whole", "stopped"].map((one) => readFileSync(path("runs", one, trace)));
+      expect(a?.equals(b ?? Buffer.of()), trace).toBe(true);
+    }
     for (const name of ["topK-seed1", "switchRouter-seed1", "reMoE-seed1"]) {
       const [a, b] = ["whole", "stopped"].map((one) => readFileSync(path("runs", one, name, "model.safetensors")));
       expect(a?.equals(b ?? Buffer.of())).toBe(true);
     }
+  });
+
+  test("every checkpoint leaves a routing trace: same loads as the results, texts and domains, and they compare", async () => {
+    const folder = path("runs", "whole");
+    const hash = createHash("sha256")
+      .update(readFileSync(join(folder, "topK-seed1", "tokenizer.json")))
+      .digest("hex");
+    for (const { router, checkpoints } of results("whole").runs) {
+      expect(checkpoints.map(({ trace }) => trace)).toEqual(
+        checkpoints.map(({ step }) => `traces/${router}-seed1/step-${String(step).padStart(4, "0")}.trace`),
+      );
+      for (const { trace = "", layers } of checkpoints) {
+        const source = await fileSource(join(folder, trace));
+        if (source === undefined) throw new Error("a file");
+        const opened = await readTrace(source);
+        expect(opened.header).toMatchObject({
+          tokenizer: hash,
+          labels: ["tales.txt", "letters"],
+          tool: "switchyard train",
+        });
+        const analysis = await analyseTrace(opened);
+        await source.close();
+        for (const [i, { load, dead, expertsPerToken, entropy }] of layers.entries()) {
+          const found = analysis.layers[i];
+          expect([found?.dead.length, found?.expertsPerToken.toFixed(3)]).toEqual([dead, expertsPerToken.toFixed(3)]);
+          expect(found?.entropy).toBeCloseTo(entropy, 2); // the trace keeps three digits
+          const rows = found?.loadByLabel?.map((row) => row.map((n) => n / row.reduce((a, b) => a + b, 0)));
+          for (const [domain, own] of load.entries())
+            for (const [e, share] of own.entries()) expect(rows?.[domain]?.[e]).toBeCloseTo(share, 4);
+        }
+      }
+    }
+    const { checkpoints = [] } = results("whole").runs[0] ?? {};
+    const [a, b] = checkpoints.slice(-2).map(({ trace = "" }) => join(folder, trace)) as [string, string];
+    const compared = await run(["trace", "diff", a, b, "--json"]);
+    expect(compared.error).toBe("");
+    const { layers } = JSON.parse(compared.out);
+    for (const [i, { fluctuation }] of (checkpoints.at(-1)?.layers ?? []).entries())
+      expect(layers[i].sets).toBeCloseTo(fluctuation ?? -1, 4);
+    const html = path("trace.html");
+    expect((await run(["trace", "report", b, "--out", html])).code).toBe(0);
+    expect(readFileSync(html, "utf8")).toContain("Routing of topK after 12 of 12 steps");
+    expect(readFileSync(join(folder, "report.html"), "utf8")).toContain('href="traces/topK-seed1/step-0012.trace"');
   });
 
   test("a finished run resumed trains nothing and prints its table again", async () => {
@@ -367,6 +426,14 @@ describe("help", () => {
       expect(out).toContain(`--${option}`);
     }
     expect(out).toContain("switchyard train novel.txt speeches/ --router topK,reMoE:k=1 --time 5m");
+  });
+  test.each([[["--version"]], [["generate", "--version"]], [["cache-sim", "--version"]]])("%j", async (args) => {
+    const { version } = JSON.parse(readFileSync(new URL("../package.json", import.meta.url), "utf8"));
+    expect(await run(args)).toEqual({ code: 0, out: `switchyard ${version}\n`, error: "" });
+  });
+  test("--version among other arguments is no question", async () => {
+    expect(await run(["generate", "--version", "x"])).toMatchObject({ code: 1, out: "" });
+    expect(await run(["teach", "--version"])).toMatchObject({ code: 1, out: "" });
   });
   test("an unknown command lists the known ones", async () => {
     expect(await run(["teach"])).toMatchObject({

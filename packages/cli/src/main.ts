@@ -1,4 +1,5 @@
 // The command line: arguments in, exit code out. Errors a user can mend are one line; anything else is a fault of ours and shows its stack.
+import { createRequire } from "node:module";
 import { basename, join } from "node:path";
 import { type Corpus, tableText } from "@switchyard/bench";
 import { CheckpointError, DeviceError, MissingPackageError, ShapeError, UnsupportedError } from "@switchyard/core";
@@ -8,6 +9,7 @@ import { cacheSim } from "./cache-sim.ts";
 import { chat } from "./chat.ts";
 import { convert } from "./convert.ts";
 import { evaluate } from "./eval.ts";
+import { finetune } from "./finetune/finetune.ts";
 import { generate } from "./generate.ts";
 import { inspect } from "./inspect.ts";
 import { interruptible } from "./interrupt.ts";
@@ -81,6 +83,7 @@ const trainCommand = defineCommand({
 const overview = `switchyard: Mixture-of-Experts in TypeScript
 
   switchyard train PATH...      train small language models, compare routers
+  switchyard finetune DIR OUT   train a checkpoint on your text
   switchyard generate DIR       generate text from a checkpoint
   switchyard chat DIR           talk with a checkpoint that has a chat template
   switchyard serve DIR          answer over HTTP, in the form of OpenAI's API
@@ -91,7 +94,7 @@ const overview = `switchyard: Mixture-of-Experts in TypeScript
   switchyard convert DIR OUT    rewrite it: float type, shards, layout
   switchyard cache-sim TRACE    what a cache of experts would hold and read
 
-Each command explains itself with --help.
+Each command explains itself with --help; --version names this version.
 `;
 
 const example = `
@@ -103,9 +106,12 @@ EXAMPLE
 
 type Command = (rest: readonly string[], options: CommandLine, streams: Streams) => Promise<number>;
 
+const version = (createRequire(import.meta.url)("../package.json") as { readonly version: string }).version;
+
 /** Each gets the arguments after its name and answers the exit code. */
 const commands: ReadonlyMap<string, Command> = new Map<string, Command>([
   ["train", (rest, options, streams) => trainFrom(rest, options, streams)],
+  ["finetune", finetune],
   ["generate", generate],
   ["chat", chat],
   ["serve", serve],
@@ -124,6 +130,11 @@ export async function main(argv: readonly string[], options: CommandLine = {}): 
   try {
     if (command === undefined || command === "--help" || command === "-h" || command === "help") {
       streams.out(overview);
+      return 0;
+    }
+    // Not among other arguments, where it may be the text of a prompt.
+    if ((command === "--version" || (rest[0] === "--version" && commands.has(command))) && rest.length < 2) {
+      streams.out(`switchyard ${version}\n`);
       return 0;
     }
     const run = commands.get(command);

@@ -1,17 +1,21 @@
 // What commands that run a checkpoint share: their options, and opening the model on a backend.
+import { existsSync, rmSync, statSync } from "node:fs";
 import { basename } from "node:path";
 import { CheckpointError, type Json, UnsupportedError } from "@switchyard/core";
+import type { RouterPlugin } from "@switchyard/core/moe";
 import {
   inspectCheckpoint,
   type LoadedModel,
+  namedChatTemplates,
   openCheckpoint,
+  type ReadModelOptions,
   readModel,
   traced,
   traceFile,
   traceRecorder,
 } from "@switchyard/models";
 import type { ArgsDef } from "citty";
-import { exactly, type Given, shownBytes } from "./arguments.ts";
+import { count, exactly, type Given, shownBytes } from "./arguments.ts";
 import { type BackendName, backendNames, openBackend } from "./backends.ts";
 import { routerFrom, routerNames } from "./routers.ts";
 
@@ -54,6 +58,8 @@ export interface OpenModel extends LoadedModel {
   /** What one takes as stored: a trace of a model in memory foretells with it what streaming would read. */
   readonly expertBytes: number | undefined;
   readonly backend: BackendName;
+  /** What a model in our own layout was read with. */
+  readonly plugins: readonly RouterPlugin[];
 }
 
 /** The options, checked before anything is opened. */
@@ -112,7 +118,11 @@ const idsOf = (value: Json | undefined): number[] =>
  * Opens a model, hands it to `act` and closes it.
  * @throws CheckpointError for a folder without a model that can be run, and what the backend throws.
  */
-export async function withModel<T>(args: ModelArguments, act: (open: OpenModel) => Promise<T>): Promise<T> {
+export async function withModel<T>(
+  args: ModelArguments,
+  act: (open: OpenModel) => Promise<T>,
+  options: Pick<ReadModelOptions, "weights"> = {},
+): Promise<T> {
   const { folder, backend, threads, memory, policy, followLinks } = args;
   const checkpoint = await openCheckpoint(folder, { followLinks });
   let ours = true;
@@ -125,20 +135,25 @@ export async function withModel<T>(args: ModelArguments, act: (open: OpenModel) 
     const specification = args.router ?? savedRouter(config);
     const routers = specification === undefined ? [] : [(await routerFrom(specification)).plugin];
     const generation = (await checkpoint.json("generation_config.json")) ?? {};
-    const endIds = idsOf(generation.eos_token_id ?? config.eos_token_id);
     const engine = await openBackend(backend, threads);
     try {
       const how = {
         engine,
         routers,
+        chatTemplates: await namedChatTemplates(folder, { followLinks }),
+        ...options,
         ...(memory === undefined ? {} : { memory }),
         ...(policy ? { streaming: policy } : {}),
       };
       const loaded = await readModel(checkpoint, how, folder);
       ours = false;
       try {
+        // Some checkpoints name ids that their vocabulary does not reach: those never come.
+        const endIds = idsOf(generation.eos_token_id ?? config.eos_token_id).filter(
+          (id) => Number.isInteger(id) && id >= 0 && id < loaded.model.vocabulary,
+        );
         const { expertBytes } = inspectCheckpoint(checkpoint, { routers });
-        return await act({ ...loaded, folder, config, endIds, expertBytes, backend });
+        return await act({ ...loaded, folder, config, endIds, expertBytes, backend, plugins: routers });
       } finally {
         await loaded.close();
       }
@@ -190,7 +205,18 @@ export function streamingText({ model: { streamed } }: OpenModel): string {
   if (!streamed) return "";
   const { requests, hits, bytesRead } = streamed.counts();
   const rate = requests === 0 ? "" : ` ${((100 * hits) / requests).toFixed(1)} % of experts were there,`;
-  return `${streamed.capacity} experts kept in memory:${rate} ${shownBytes(bytesRead)} read\n`;
+  return `${count(streamed.capacity, "expert")} kept in memory:${rate} ${shownBytes(bytesRead)} read\n`;
+}
+
+/**
+ * The file that an option names, before anything is loaded for it.
+ * @throws CheckpointError where there is such a file: nothing that stands there is written over unasked.
+ */
+export function newFile(option: string, given: Given, instead?: string): string | undefined {
+  const path = given.text(option);
+  if (path === undefined || !existsSync(path)) return path;
+  const next = ["delete it", "name another one", ...(instead === undefined ? [] : [instead])].join(", or ");
+  throw new CheckpointError(`cannot write ${path} (--${option}): there is such a file already; ${next}`);
 }
 
 export const traceArg = {
@@ -220,5 +246,7 @@ export async function recording<T>(
     return await act(traced(model, recorder));
   } finally {
     await recorder.close();
+    // Nothing was recorded: no trace, and in the way of the next try.
+    if (statSync(file).size === 0) rmSync(file);
   }
 }

@@ -8,7 +8,7 @@ import type { sizes } from "./sizes.ts";
 const sizeNames = ["tiny", "small", "base"] as const satisfies readonly (keyof typeof sizes)[];
 
 /** "90s", "3m", "1.5h", or minutes. */
-function seconds(text: string): number | undefined {
+export function seconds(text: string): number | undefined {
   const [, number, unit = "m"] = /^(\d+(?:\.\d+)?)\s*(s|m|h|min|sec)?$/.exec(text.trim()) ?? [];
   if (number === undefined) return undefined;
   const factor = unit.startsWith("s") ? 1 : unit === "h" ? 3600 : 60;

@@ -14,6 +14,8 @@ export function progressBar(streams: Streams, { patience = 500 } = {}): Progress
   let bar: SingleBar | undefined;
   let title = "";
   let started = performance.now();
+  /** Done before it was shown for the first time: a job may go on where an earlier one ended. */
+  let first = 0;
   let tenth = -1;
   const end = (): void => {
     bar?.stop();
@@ -24,12 +26,12 @@ export function progressBar(streams: Streams, { patience = 500 } = {}): Progress
       const now = performance.now();
       if (name !== title) {
         end();
-        [title, started, tenth] = [name, now, -1];
+        [title, started, first, tenth] = [name, now, done, -1];
       }
       const seconds = (now - started) / 1000;
       if (1000 * seconds < patience || total === 0) return;
       const share = done / total;
-      const left = done > 0 ? `${clock((seconds / share) * (1 - share))} left` : "";
+      const left = done > first ? `${clock((seconds / (done - first)) * (total - done))} left` : "";
       const text = [figures, left].filter((part) => part !== "").join("  ");
       if (streams.terminal === undefined) {
         const reached = Math.floor(10 * share);

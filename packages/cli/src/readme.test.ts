@@ -10,6 +10,7 @@ const sections = new Map(readme.split(/^## /m).map((part) => [part.split("\n")[0
 const section = (title: string): string => sections.get(title) ?? "";
 
 test.each([
+  ["finetune", "Fine-tuning checkpoints"],
   ["generate", "Running checkpoints"],
   ["chat", "Talking with a model"],
   ["serve", "Serving a model"],

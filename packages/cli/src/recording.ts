@@ -87,6 +87,13 @@ function tokenText(tokenizer: Tokenizer, id: number): string {
   }
 }
 
+/** Texts of the tokens that occur, by id, for the header of a trace. */
+export function tokenTexts(tokenizer: Tokenizer, ids: Iterable<number>): { readonly [id: string]: Json } {
+  const texts: { [id: string]: Json } = {};
+  for (const id of new Set(ids)) if (id < tokenizer.vocabulary) texts[id] = tokenText(tokenizer, id);
+  return texts;
+}
+
 interface Window {
   readonly ids: readonly number[];
   readonly label: number;
@@ -143,11 +150,6 @@ export async function recordTexts(
     throw new CheckpointError(`cannot write ${path}: there is such a file already; delete it or name another one`);
   }
   const labels = texts.texts.length > 1 ? texts.texts.map(({ name }) => name) : [];
-  const distinct = [...new Set(windows.flatMap(({ ids }) => ids))];
-  const tokens: { [id: string]: Json } = {};
-  for (const id of tokenizer ? distinct : []) {
-    if (tokenizer && id < tokenizer.vocabulary) tokens[id] = tokenText(tokenizer, id);
-  }
   const file = join(folder, "tokenizer.json");
   const hash = tokenizer && existsSync(file) ? createHash("sha256").update(readFileSync(file)).digest("hex") : null;
   const type = open.config.model_type;
@@ -160,7 +162,16 @@ export async function recordTexts(
     tool: "switchyard",
     ...(expertBytes === undefined ? {} : { expertBytes }),
     ...(logits ? { logits: "f32" } : {}),
-    ...(tokenizer ? { extra: { tokens } } : {}),
+    ...(tokenizer
+      ? {
+          extra: {
+            tokens: tokenTexts(
+              tokenizer,
+              windows.flatMap(({ ids }) => ids),
+            ),
+          },
+        }
+      : {}),
   });
   const total = windows.reduce((sum, { ids }) => sum + ids.length, 0);
   let done = 0;

@@ -189,7 +189,11 @@ export async function routerFrom(text: string, folder: string = process.cwd()): 
   const { digest, ...found } = await innermost(parsed, folder);
   let { plugin } = found;
   const checkOptions = (of: RouterPlugin, asked: Specification["options"], name: string): void => {
-    const options = Object.keys(of.options ?? {}).filter((option) => option !== "router");
+    // A wrapper's options hold those of the router inside; expertRace has an option of that name.
+    const nested = (name: string, value: unknown): boolean => name === "router" && typeof value === "object";
+    const options = Object.entries(of.options ?? {}).flatMap(([option, value]) =>
+      nested(option, value) ? [] : [option],
+    );
     const wrong = of.options && asked.find(([option]) => !options.includes(option));
     if (!wrong) return;
     throw new UnsupportedError(

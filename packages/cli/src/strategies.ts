@@ -89,6 +89,10 @@ export const optionsOf: Readonly<Record<DecodingStrategyName, readonly Option[]>
   selfConsistency: ["samples", "answer", ...sampling],
 };
 
+/** Options that make rows of one batch; many more than anyone uses. */
+const mostRows: { readonly [O in Option]?: number } = { beams: 256, candidates: 256, samples: 1024 };
+const whyRows = "each is computed at once with the others, with keys and values of its own in memory";
+
 export interface ChosenStrategy {
   readonly name: DecodingStrategyName;
   /** Folder of the amateur, where the strategy needs one. */
@@ -144,7 +148,10 @@ export function chosenStrategy(given: Given): ChosenStrategy {
     throw new UnsupportedError(`--${foreign} is for --strategy ${takers}; ${name} takes ${own}`);
   }
   const number = (option: Option, from = 0): number | undefined => given.number(option, { from });
-  const whole = (option: Option): number | undefined => given.whole(option, { from: 1 });
+  const whole = (option: Option): number | undefined => {
+    const most = mostRows[option];
+    return given.whole(option, { from: 1, ...(most === undefined ? {} : { to: most, why: whyRows }) });
+  };
   const samplingOptions = defined({
     temperature: number("temperature"),
     topK: whole("top-k"),

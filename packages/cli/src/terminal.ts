@@ -79,7 +79,8 @@ export function display(streams: Streams): Display {
       const last = result.checkpoints.at(-1);
       streams.error(
         `  ${result.router} seed ${result.seed}: ${last?.bitsPerByte.toFixed(3)} bits/byte held out, ` +
-          `${Math.round(result.tokensPerSecond)} tokens/s, saved in ${result.model}\n`,
+          `${Math.round(result.tokensPerSecond)} tokens/s, saved in ${result.model}\n` +
+          (result.untraced === undefined ? "" : `  no routing traces of ${result.router}: ${result.untraced}\n`),
       );
     },
     end,

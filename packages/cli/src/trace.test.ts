@@ -54,8 +54,8 @@ describe("inspect", () => {
     const texts = ["--text", path("prose.txt"), "--text", path("code.txt")];
     const { code, out, error } = await inspect(path("small"), ...texts, "-o", report, ...cpu);
     expect([code, error]).toEqual([0, ""]);
-    expect(out).toMatch(/^routing +experts +per token +busiest +dead +overloaded +evenness +entropy$/m);
-    expect(out).toMatch(/^layer 1 +4 +2\.00 /m);
+    expect(out).toMatch(/^layer +experts +each +busiest +weight +dead +over +evenness +entropy +pairs +told$/m);
+    expect(out).toMatch(/^1 +4 +2\.00 +\d\.\d\d +\d\.\d\d +\d .* \d+ %$/m);
     expect(out).toContain(`Report: ${report}`);
     const html = readFileSync(report, "utf8");
     expect(html).toContain("<h3>prose.txt</h3>");
@@ -86,6 +86,8 @@ describe("trace", () => {
     expect(same.out).toContain("120 tokens in both");
     expect(same.out).toMatch(/^all layers +0\.0 % +0\.0 % +0\.0 %$/m);
     expect(same.out).toMatch(/^code\.txt +0\.0 % +0\.0 % +0\.0 % +60$/m);
+    expect(same.out).toMatch(/^other experts, by layer and text +prose\.txt +code\.txt$/m);
+    expect(same.out).toMatch(/^layer 1 +0\.0 % +0\.0 %$/m);
     const { schema: kind, layers: differences } = JSON.parse(
       (await trace("diff", path("a.trace"), path("b.trace"), "--json")).out,
     );

@@ -7,6 +7,7 @@ import {
   analyseTrace,
   diffTraces,
   fileSource,
+  type LayerDifference,
   openCheckpoint,
   type RoutingDifference,
   readTokenizer,
@@ -14,6 +15,7 @@ import {
   type Tokenizer,
   type Trace,
   type TraceAnalysis,
+  type TraceDifference,
   traceTexts,
   traceTokens,
 } from "@switchyard/models";
@@ -68,9 +70,13 @@ const diffExample = `
 EXAMPLE
 
   switchyard trace diff before.trace after.trace
+  cd runs/NAME/traces/topK-seed1
+  switchyard trace diff step-0000.trace step-0400.trace
 
-"other experts": tokens whose set of experts is another one. "replaced": the mean part of a token's experts that is.
-"another first": tokens whose leading expert is another one.
+"other experts": tokens whose set of experts is another one. "replaced": the
+mean part of a token's experts that is. "another first": tokens whose leading
+expert is another one. Experts are compared by number: two models that did not
+begin as one number theirs differently, and agree only as far as chance does.
 `;
 
 const reportArgs = {
@@ -168,6 +174,7 @@ export async function trace(rest: readonly string[], options: CommandLine, strea
   );
 }
 
+const layerName = ({ index, name }: LayerDifference): string => `layer ${index}${name === undefined ? "" : ` ${name}`}`;
 const share = (x: number): string => `${(100 * x).toFixed(1)} %`;
 const shares = ({ sets, overlap, firsts }: RoutingDifference): string[] => [sets, overlap, firsts].map(share);
 
@@ -184,17 +191,27 @@ async function diff(rest: readonly string[], streams: Streams): Promise<number> 
     return 0;
   }
   const head = ["other experts", "replaced", "another first"];
-  const layers = found.layers.map((layer) => [
-    `layer ${layer.index}${layer.name === undefined ? "" : ` ${layer.name}`}`,
-    ...shares(layer),
-  ]);
+  const layers = found.layers.map((layer) => [layerName(layer), ...shares(layer)]);
   streams.out(`${a} and ${b}: ${found.tokens} tokens in both\n\n`);
   streams.out(`${table([["", ...head], ["all layers", ...shares(found.total)], ...layers])}\n`);
   if (found.labels.length > 0) {
     const rows = found.labels.map((label) => [label.name, ...shares(label), `${label.tokens}`]);
     streams.out(`\n${table([["all layers, by text", ...head, "tokens"], ...rows])}\n`);
+    streams.out(byLayerAndText(found));
   }
   return 0;
+}
+
+/** More texts than this make lines too long to read; --json has them. */
+const mostTexts = 6;
+
+/** Tokens with other experts: a row per layer, a column per text. */
+function byLayerAndText({ layers, labels }: TraceDifference): string {
+  if (labels.length < 2 || layers.length < 2) return "";
+  if (labels.length > mostTexts)
+    return `\nOther experts by layer and text: --json has them for ${labels.length} texts.\n`;
+  const rows = layers.map((layer) => [layerName(layer), ...layer.labels.map(({ sets }) => share(sets))]);
+  return `\n${table([["other experts, by layer and text", ...labels.map(({ name }) => name)], ...rows])}\n`;
 }
 
 async function report(rest: readonly string[], streams: Streams): Promise<number> {

@@ -47,6 +47,7 @@ import {
 } from "@switchyard/models";
 import { openBackend } from "./backends.ts";
 import { type RunFile, type RunSettings, runFileSchema, type TrainArgs } from "./options.ts";
+import { probeTraces } from "./probe-traces.ts";
 import { allNamed, expertSizes, type NamedRouter, routersFrom } from "./routers.ts";
 import { type Size, sizes } from "./sizes.ts";
 import { parseSpecification } from "./specification.ts";
@@ -70,13 +71,13 @@ export interface Outcome {
 
 const require = createRequire(import.meta.url);
 
-function versions(): Record<string, string> {
+export function versions(): Record<string, string> {
   const packages = ["core", "routers", "kernels", "models", "bench"].map((name) => `@switchyard/${name}`);
   const version = (name: string): string => (require(`${name}/package.json`) as { version: string }).version;
   return { node: process.versions.node, ...Object.fromEntries(packages.map((name) => [name, version(name)])) };
 }
 
-function machine(): Record<string, string | number> {
+export function machine(): Record<string, string | number> {
   return {
     processor: cpus()[0]?.model.trim() ?? "unknown",
     cores: availableParallelism(),
@@ -378,6 +379,7 @@ async function inFolder(args: TrainArgs, context: TrainContext, job: Job): Promi
         sampleTokens,
         folder,
         snapshots: { write: writeSnapshot, read: readSnapshot },
+        traces: probeTraces(words),
         signal,
         done,
         onStep: (progress) => display.step(progress),

@@ -19,7 +19,7 @@ describe("wrapped", () => {
 });
 
 test.each([
-  ...["train", "generate", "chat", "serve", "eval", "inspect", "trace", "logits", "convert", "cache-sim"],
+  ...["train", "finetune", "generate", "chat", "serve", "eval", "inspect", "trace", "logits", "convert", "cache-sim"],
   ...["trace diff", "trace report"],
 ])("%s --help", async (command) => {
   const { code, out } = await runCommand([...command.split(" "), "--help"]);

@@ -24,6 +24,8 @@ export interface Kernel<H> {
    * storage where there is none. Without this, `reuse` always has the size of the result.
    */
   grows?: true;
+  /** The one result is a view of the first input, whatever the attributes: the engine makes it without calling the kernel. */
+  view?: true;
   /** A reason why this call cannot be served; undefined when it can. */
   // biome-ignore lint/suspicious/noExplicitAny: kernel tables hold ops of every attribute type
   unsupported?(inputs: readonly Spec[], attrs: any): string | undefined;
@@ -58,6 +60,17 @@ export type PrimitiveName =
   | "argsort"
   | "blockEnds";
 
+/** Memory of a device that the host writes. */
+export interface HostRoom {
+  /** All of it, as it is now. */
+  bytes(): Uint8Array;
+  /**
+   * Whether the memory stays where it is when more is asked for, so that a read may go on writing what `bytes` gave while others
+   * compute. (The array itself may be detached by then: a new one shows the same memory.)
+   */
+  readonly stays: boolean;
+}
+
 export interface Backend<H> {
   readonly name: string;
   readonly kernels: { readonly [P in PrimitiveName]: Kernel<H> } & {
@@ -68,6 +81,11 @@ export interface Backend<H> {
    * from `spec.dtype`.
    */
   upload(data: TypedArray, spec: Spec): H;
+  /**
+   * Storage whose elements the host writes itself before anything reads it, as the bytes of `spec.dtype`. `bytes` is called anew for
+   * each write: memory that grows may move. Only where the host reaches the device's memory; what is left unwritten is undefined.
+   */
+  room?(spec: Spec): HostRoom & { readonly handle: H };
   /**
    * The elements as they are at this call: after the kernels that were called before it, before those called after it.
    * Any number of downloads may be pending and settle in any order. Nobody waits for them: while one is pending its

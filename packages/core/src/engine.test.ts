@@ -34,6 +34,70 @@ const list = async (x: Tensor): Promise<number[]> => [...(await x.data())];
 const of = (e: ReturnType<typeof engine>, ...values: number[]): Tensor =>
   e.tensor(Float32Array.from(values), [values.length]);
 
+describe("a kernel whose result is a view", () => {
+  /** The reference backend with `view` at reshape; tells how often the kernel ran. */
+  const viewing = () => {
+    const backend = cpu();
+    let calls = 0;
+    const reshape: typeof backend.kernels.reshape = (inputs, results, attrs) => {
+      calls++;
+      return backend.kernels.reshape(inputs, results, attrs);
+    };
+    reshape.view = true;
+    return { e: engine({ ...backend, kernels: { ...backend.kernels, reshape } }), calls: () => calls };
+  };
+  it("is not called, and shares the storage with its input until both are gone", async () => {
+    const { e, calls } = viewing();
+    const x = of(e, 1, 2, 3, 4);
+    const shape = [2, 2];
+    const y = reshape(x, shape);
+    shape[0] = 9;
+    expect([calls(), e.live(), y.shape]).toEqual([0, 1, [2, 2]]);
+    x.dispose();
+    expect(await list(y)).toEqual([1, 2, 3, 4]);
+    y.dispose();
+    expect(e.live()).toBe(0);
+  });
+  it("takes over what was given, and checks shapes all the same", async () => {
+    const { e } = viewing();
+    const y = reshape(e.give(of(e, 1, 2, 3, 4)), [4, -1]);
+    expect([y.shape, e.live()]).toEqual([[4, 1], 1]);
+    expect(() => reshape(y, [3])).toThrow("reshape: cannot become [3]");
+    expect(() => reshape(y, [3, -1])).toThrow("reshape: f32 [4, 1] cannot become [3, -1]");
+    y.dispose();
+    expect(e.live()).toBe(0);
+  });
+});
+
+describe("room", () => {
+  it("is there where the host reaches the memory, and belongs to its scope", async () => {
+    expect(engine(cpu()).room?.([2], "f32")).toBeUndefined();
+    expect(counted(engine(cpu())).room).toBeUndefined();
+    const backend = cpu();
+    const e = engine({
+      ...backend,
+      room(spec) {
+        // A handle of this backend is a record that holds the array.
+        const bytes = new Uint8Array(4 * spec.shape.reduce((n, d) => n * d, 1));
+        const handle = backend.upload(new Float32Array(bytes.buffer), spec);
+        return { handle, stays: false, bytes: () => bytes };
+      },
+    });
+    const room = e.room?.([2, 3], "f32");
+    if (!room) return expect.fail("no room");
+    expect([room.tensor.shape, room.tensor.dtype, room.stays, room.bytes().length]).toEqual([[2, 3], "f32", false, 24]);
+    expect(e.live()).toBe(1);
+    room.tensor.dispose();
+    expect(e.live()).toBe(0);
+    expect(() => room.bytes()).toThrow(/room: .*disposed/);
+    expect(() => e.room?.([-1], "f32")).toThrow(/not made of counts/);
+    e.scope(() => {
+      e.room?.([1], "f32");
+    });
+    expect(e.live()).toBe(0);
+  });
+});
+
 describe("scope", () => {
   it("frees everything but what it returns, nested too", async () => {
     const e = engine(cpu());

@@ -1,7 +1,7 @@
 // Engines run ops. `engine(backend)` looks a kernel up or falls back to smaller ops; decorators (autodiff, counted) wrap its `run`.
-import type { Backend, DType, Operand, Spec, TypedArray } from "./backend.ts";
+import type { Backend, DType, HostRoom, Operand, Spec, TypedArray } from "./backend.ts";
 import { ShapeError, UnsupportedError } from "./errors.ts";
-import type { Op } from "./op.ts";
+import { first, type Op } from "./op.ts";
 import { register, runScope } from "./scope.ts";
 import { gone, type Scopes, type Storage, Stored, show, sizeOf, type Tensor } from "./tensor.ts";
 
@@ -18,6 +18,12 @@ export interface Engine {
   run<A>(op: Op<A>, inputs: readonly Tensor[], attrs: A): readonly Tensor[];
   /** Copies host data to the device; the dtype follows from the array type (Float32/Float64Array f32, Int32Array i32, Uint8Array u8). */
   tensor(data: TypedArray, shape: readonly number[], dtype?: DType): Tensor;
+  /**
+   * A tensor that is written by the host in parts, without a copy of all of it: `bytes` are its elements, row-major, taken anew for each
+   * write and valid until the caller gives way to others. To be filled before the tensor is used. Undefined where the host does not
+   * reach the device's memory; absent where the engine has no memory of its own.
+   */
+  room?(shape: readonly number[], dtype: DType): (HostRoom & { readonly tensor: Tensor }) | undefined;
   /** Frees everything made inside but the tensors found in what is returned: plain records, lists and maps. Async bodies are rejected by the type. */
   scope<R>(body: () => R extends Promise<unknown> ? never : R): R;
   /**
@@ -89,7 +95,9 @@ export function engine<H>(backend: Backend<H>): Engine {
       const reason = refusal(op, xs, attrs);
       const kernel = backend.kernels[op.name];
       let results: readonly Tensor[];
-      if (kernel && reason === undefined) {
+      if (kernel?.view && reason === undefined) {
+        results = [wrap(first(specs), first(xs).storage)];
+      } else if (kernel && reason === undefined) {
         const reusing = (spec: Spec, i: number): Spec & { readonly reuse?: H } => {
           const source = xs[op.reuses?.[i] ?? -1];
           const size = sizeOf(spec.shape);
@@ -127,6 +135,21 @@ export function engine<H>(backend: Backend<H>): Engine {
     tensor(data, shape, dtype = dtypeOf(data)) {
       checkData(data, shape);
       return wrap({ shape: [...shape], dtype }, store(backend.upload(data, { shape, dtype })));
+    },
+
+    room(shape, dtype) {
+      checkShape(shape);
+      const made = backend.room?.({ shape, dtype });
+      if (!made) return undefined;
+      const tensor = wrap({ shape: [...shape], dtype }, store(made.handle));
+      return {
+        tensor,
+        stays: made.stays,
+        bytes() {
+          if (!tensor.alive) throw new Error(`room: ${gone(tensor)}`);
+          return made.bytes();
+        },
+      };
     },
 
     scope: (body) => runScope(scopes, body) as never,
@@ -177,9 +200,13 @@ export function dtypeOf(data: TypedArray): DType {
   );
 }
 
-export function checkData(data: TypedArray, shape: readonly number[]): void {
+function checkShape(shape: readonly number[]): void {
   if (shape.some((d) => !Number.isInteger(d) || d < 0))
     throw new ShapeError(`tensor: shape [${shape.join(", ")}] is not made of counts`);
+}
+
+export function checkData(data: TypedArray, shape: readonly number[]): void {
+  checkShape(shape);
   if (data.length !== sizeOf(shape)) {
     throw new ShapeError(
       `tensor: shape [${shape.join(", ")}] needs ${sizeOf(shape)} elements, the data has ${data.length}`,

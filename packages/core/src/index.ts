@@ -1,7 +1,7 @@
 // The public surface of @switchyard/core.
 
 export { autodiff, customGrad, grad, lower, recomputed, straightThrough, valueAndGrad, watch } from "./autodiff.ts";
-export type { Backend, DType, Kernel, Operand, PrimitiveName, Spec, TypedArray } from "./backend.ts";
+export type { Backend, DType, HostRoom, Kernel, Operand, PrimitiveName, Spec, TypedArray } from "./backend.ts";
 export { counted, type OpCount } from "./counted.ts";
 export { alias, type Engine, engine } from "./engine.ts";
 export { CheckpointError, DeviceError, MissingPackageError, ShapeError, UnsupportedError } from "./errors.ts";

@@ -296,6 +296,8 @@ export class Product {
   packed: i32; // 1: A in panels [k][6]
   gathered: usize; // 0, or the address of row 0 where task.a is a list of row ids
   half: i32; // SwiGLU: bytes from a gate row of B to its up row
+  part: i32; // dots: columns of a unit, a multiple of 8
+  parts: i32; // dots: units of a task
 }
 @unmanaged
 export class Task {
@@ -303,7 +305,7 @@ export class Task {
   m: i32;
   k: i32;
   b: usize;
-  n: i32; // at most NC
+  n: i32; // at most NC, of dots any number
   c: usize;
   bias: usize; // 0: none; quantized.ts counts lines with it
 }
@@ -501,6 +503,37 @@ export function dots2<T>(
   dotRows<T>(true, a0, a1, b, ldb, n, k, c0, c1, add);
 }
 
+/**
+ * c[8] (+)= row a times 8 rows of B, k long. One row alone waits for memory: eight streams of reads keep more of them under way than four,
+ * and every sum is the one that dots1 makes.
+ */
+function dots8<T>(a: usize, b: usize, ldb: usize, k: i32, c: usize, add: bool): void {
+  const p1 = b + ldb;
+  const p2 = p1 + ldb;
+  const p3 = p2 + ldb;
+  const p4 = p3 + ldb;
+  const p5 = p4 + ldb;
+  const p6 = p5 + ldb;
+  const p7 = p6 + ldb;
+  let s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
+  let s4 = zero(), s5 = zero(), s6 = zero(), s7 = zero();
+  const end = (<usize>k) << 2;
+  for (let i: usize = 0; i < end; i += 16) {
+    const x = v128.load(a + i);
+    const at = isFloat<T>() ? i : i >> 1;
+    s0 = madd(x, load4<T>(b + at), s0);
+    s1 = madd(x, load4<T>(p1 + at), s1);
+    s2 = madd(x, load4<T>(p2 + at), s2);
+    s3 = madd(x, load4<T>(p3 + at), s3);
+    s4 = madd(x, load4<T>(p4 + at), s4);
+    s5 = madd(x, load4<T>(p5 + at), s5);
+    s6 = madd(x, load4<T>(p6 + at), s6);
+    s7 = madd(x, load4<T>(p7 + at), s7);
+  }
+  finish(c, sumLanes4(s0, s1, s2, s3), 4, add);
+  finish(c + 16, sumLanes4(s4, s5, s6, s7), 4, add);
+}
+
 /** c[m x n] (+)= rows of A times n rows of B. */
 function dotBlock<T>(job: Product, task: Task, b: usize, n: i32, c: usize, ldc: usize, add: bool): void {
   const m = task.m, k = task.k;
@@ -520,7 +553,11 @@ function dotBlock<T>(job: Product, task: Task, b: usize, n: i32, c: usize, ldc: 
         dots2<T>(rowOf(job, task, r) + at, rowOf(job, task, r + 1) + at, p, <usize>job.ldb, count, length, to, to + ldc, sum);
         to += ldc << 1;
       }
-      if (r < m) dots1<T>(rowOf(job, task, r) + at, p, <usize>job.ldb, count, length, to, sum);
+      if (r < m) {
+        const a = rowOf(job, task, r) + at;
+        if (count == 8 && (length & 3) == 0) dots8<T>(a, p, <usize>job.ldb, length, to, sum);
+        else dots1<T>(a, p, <usize>job.ldb, count, length, to, sum);
+      }
     }
   }
 }
@@ -533,23 +570,39 @@ function dotAny(job: Product, task: Task, b: usize, n: i32, c: usize, ldc: usize
   else dotBlock<f32>(job, task, b, n, c, ldc, add);
 }
 
-/** Products of few rows with B stored [n, k]: c = a b (+ bias). */
+/** Products of few rows with B stored [n, k]: c = a b (+ bias). A unit is a part of a task's columns. */
 export function dots(job: Product, from: i32, to: i32, scratch: usize): void {
-  for (let t = from; t < to; t++) {
-    const task = changetype<Task>(job.tasks + (<usize>t) * offsetof<Task>());
-    dotAny(job, task, task.b, task.n, task.c, <usize>job.ldc, task.bias);
+  for (let unit = from; unit < to; unit++) {
+    const task = taskOf(job, unit);
+    const j = firstOf(job, unit);
+    const at = (<usize>j) << 2;
+    const bias = task.bias ? task.bias + at : 0;
+    dotAny(job, task, task.b + <usize>j * <usize>job.ldb, min(task.n - j, job.part), task.c + at, <usize>job.ldc, bias);
   }
+}
+
+@inline
+function taskOf(job: Product, unit: i32): Task {
+  return changetype<Task>(job.tasks + <usize>(unit / job.parts) * offsetof<Task>());
+}
+
+/** First column of a unit of dots. */
+@inline
+function firstOf(job: Product, unit: i32): i32 {
+  return (unit % job.parts) * job.part;
 }
 
 /** The first half of a SwiGLU expert for few rows: c = silu(gates) * ups, row-major. */
 export function dotsSwiglu(job: Product, from: i32, to: i32, scratch: usize): void {
-  for (let t = from; t < to; t++) {
-    const task = changetype<Task>(job.tasks + (<usize>t) * offsetof<Task>());
-    const n = task.n;
+  for (let unit = from; unit < to; unit++) {
+    const task = taskOf(job, unit);
+    const j = firstOf(job, unit);
+    const n = min(task.n - j, job.part);
+    const b = task.b + <usize>j * <usize>job.ldb;
     const ld = <usize>((n + 3) & ~3) << 2;
     const ups = scratch + <usize>task.m * ld;
-    dotAny(job, task, task.b, n, scratch, ld, 0);
-    dotAny(job, task, task.b + <usize>job.half, n, ups, ld, 0);
-    gate(scratch, ups, ld, task.m, n, task.c, <usize>job.ldc);
+    dotAny(job, task, b, n, scratch, ld, 0);
+    dotAny(job, task, b + <usize>job.half, n, ups, ld, 0);
+    gate(scratch, ups, ld, task.m, n, task.c + ((<usize>j) << 2), <usize>job.ldc);
   }
 }

@@ -1,6 +1,14 @@
 // From a blueprint and parameters to a model that runs: which parameters there are, the routers and experts of every layer, and the tree
 // that holds all of it.
-import { dispose, type Engine, mapTree, type Random, type Tensor, type Tree, UnsupportedError } from "@switchyard/core";
+import {
+  dispose,
+  type Engine,
+  isTensor,
+  type Random,
+  type Tensor,
+  type Tree,
+  UnsupportedError,
+} from "@switchyard/core";
 import {
   type Experts,
   layerParams,
@@ -25,7 +33,9 @@ export interface Parameters {
   /** A parameter by its path: a tensor, or a node of `stored-matrix.ts`. */
   given(path: string, shape: readonly number[]): Tree;
   /** A parameter or buffer of a router, by path; undefined: the one that the router made stays. */
-  router?(path: string, shape: readonly number[]): Tensor | undefined;
+  router?(path: string, shape: readonly number[]): Tree | undefined;
+  /** Routers that there are already, in the order of `routing`, instead of new ones. Their tensors stay theirs. */
+  readonly routers?: readonly Router[];
   /** Routed experts that are not in memory, instead of parameters. */
   readonly streamed?: ExpertStore;
 }
@@ -99,6 +109,15 @@ function plant(root: Branch, path: string, value: Tree): void {
   at[last] = value;
 }
 
+/** The tree with its leaves replaced by trees. */
+function graft(tree: Tree, change: (leaf: Tensor, path: string) => Tree, path = ""): Tree {
+  if (isTensor(tree)) return change(tree, path);
+  const entries = Object.entries(tree).map(
+    ([key, child]) => [key, graft(child, change, path === "" ? key : `${path}.${key}`)] as const,
+  );
+  return Array.isArray(tree) ? entries.map(([, child]) => child) : Object.fromEntries(entries);
+}
+
 /**
  * A model of a blueprint. Throws ShapeError where sizes do not fit together, UnsupportedError for a router that needs what text does
  * not have.
@@ -155,10 +174,10 @@ export function buildDecoder(
   const settle = (router: Router, path: string): Router => {
     const { router: find } = parameters;
     if (!find) return router;
-    const swap = <T extends Tree>(tree: T, prefix: string): T =>
-      mapTree(tree, (x, name) => {
+    const swap = (tree: Tree, prefix: string): Tree =>
+      graft(tree, (x, name) => {
         const found = find(`${path}.${prefix}.${name}`, x.shape);
-        if (found) x.dispose();
+        if (found && !parameters.routers) x.dispose();
         return found ?? x;
       });
     try {
@@ -168,9 +187,14 @@ export function buildDecoder(
         buffers: { value: buffers, enumerable: true },
       });
     } catch (error) {
-      dispose([router.params, router.buffers]);
+      if (!parameters.routers) dispose([router.params, router.buffers]);
       throw error;
     }
+  };
+  /** The plugin, or one that gives the router there is. */
+  const known = (plugin: RouterPlugin): RouterPlugin => {
+    const router = parameters.routers?.[routers.length];
+    return router ? { ...plugin, init: () => router } : plugin;
   };
   const enlist = (plugin: RouterPlugin, router: Router, place: RoutingPlace): number => {
     plugins.push(plugin);
@@ -185,7 +209,7 @@ export function buildDecoder(
     if (attention.kind === "mixture") {
       checkNeeds(attention.router);
       const router = settle(
-        attention.router.init(contextOf(layer, attention.experts, "attention")),
+        known(attention.router).init(contextOf(layer, attention.experts, "attention")),
         `layers.${layer}.attention`,
       );
       plant(own, "attention.router", router.params);
@@ -221,7 +245,7 @@ export function buildDecoder(
       }),
       ...(every.gate ? { gate: leaf(own, "moe", "shared", "0", "gate") } : {}),
     };
-    const made = moeLayer(plugin, contextOf(layer, count, "feedForward"), {
+    const made = moeLayer(known(plugin), contextOf(layer, count, "feedForward"), {
       experts,
       ...(sharedExperts ? { shared: [sharedExperts] } : {}),
     });

@@ -3,8 +3,10 @@
 import {
   alias,
   concat,
+  type DType,
   dispose,
   type Engine,
+  leaves,
   mapTree,
   ShapeError,
   slice,
@@ -14,6 +16,8 @@ import {
 } from "@switchyard/core";
 import type { KvCache } from "./model.ts";
 
+const elementBytes: Readonly<Record<DType, number>> = { f32: 4, i32: 4, f16: 2, bf16: 2, u8: 1 };
+
 type LayerState = {
   /** [batch, positions, kvHeads, headSize] */
   readonly keys: Tensor;
@@ -22,10 +26,17 @@ type LayerState = {
   readonly router?: Tree;
 };
 
+/** What a layer keeps of a position: heads and their size. */
+export interface CacheSizes {
+  readonly keys: readonly [heads: number, size: number];
+  readonly values: readonly [heads: number, size: number];
+}
+
 /** The cache that `Transformer.newCache` makes. Its tensors belong to it, not to any scope: dispose it when done. */
 export class TransformerCache implements KvCache {
   readonly #layers: (LayerState | undefined)[];
   #origins: readonly number[];
+  #disposed = false;
 
   constructor(layers: number, batch: number) {
     if (!(Number.isSafeInteger(batch) && batch > 0)) {
@@ -47,7 +58,38 @@ export class TransformerCache implements KvCache {
     return Math.min(...this.#layers.map((state) => state?.keys.shape[1] ?? 0));
   }
 
+  get bytes(): number {
+    const held = this.#layers.flatMap((state) => (state ? leaves({ ...state }) : []));
+    return held.reduce((sum, [, { size, dtype }]) => sum + size * elementBytes[dtype], 0);
+  }
+
+  /** Throws ShapeError for a cache that was disposed or filled by a model with other layers, which would compute nonsense or fail half-way. */
+  checkFits(layers: readonly CacheSizes[]): void {
+    this.#checkAlive();
+    if (this.#layers.length !== layers.length) {
+      throw new ShapeError(
+        `cache: it is of a model with ${this.#layers.length} layers, this one has ${layers.length}; use model.newCache(batch)`,
+      );
+    }
+    for (const [layer, state] of this.#layers.entries()) {
+      for (const part of ["keys", "values"] as const) {
+        const [, , heads, size] = state?.[part].shape ?? [];
+        const [expectedHeads, expectedSize] = layers[layer]?.[part] ?? [];
+        if (state === undefined || (heads === expectedHeads && size === expectedSize)) continue;
+        throw new ShapeError(
+          `cache: its ${part} of layer ${layer} have ${heads} heads of ${size}, those of this model ${expectedHeads} of ` +
+            `${expectedSize}: another model filled it; use model.newCache(batch)`,
+        );
+      }
+    }
+  }
+
+  #checkAlive(): void {
+    if (this.#disposed) throw new ShapeError("cache: it was disposed; make another one with model.newCache(batch)");
+  }
+
   append(layer: number, keys: Tensor, values: Tensor): void {
+    this.#checkAlive();
     if (!(layer in this.#layers)) throw new ShapeError(`cache: layer ${layer} of ${this.#layers.length}`);
     for (const x of [keys, values]) {
       if (x.shape.length !== 4 || x.shape[0] !== this.batch) {
@@ -103,20 +145,36 @@ export class TransformerCache implements KvCache {
   }
 
   truncate(length: number): void {
-    if (!Number.isInteger(length) || length < 0 || length > this.length) {
-      throw new ShapeError(`cache: cannot be cut to ${length} positions, it holds ${this.length}`);
-    }
+    this.#checkLength(length, "cut");
     // A layer may be longer than the others when a pass failed half-way.
-    this.#change((x) =>
-      slice(
-        x,
-        x.shape.map(() => 0),
-        x.shape.map((size, axis) => (axis === 1 ? Math.min(length, size) : size)),
-      ),
-    );
+    this.#change((x) => firstPositions(x, length));
+  }
+
+  #checkLength(length: number, verb: string): void {
+    this.#checkAlive();
+    if (Number.isInteger(length) && length >= 0 && length <= this.length) return;
+    throw new ShapeError(`cache: cannot be ${verb} to ${length} positions, it holds ${this.length}`);
+  }
+
+  /** A new cache of its own with the first `length` positions of this one. */
+  copy(length: number): TransformerCache {
+    this.#checkLength(length, "copied");
+    const copied = new TransformerCache(this.#layers.length, this.batch);
+    copied.#origins = this.#origins;
+    try {
+      for (const [layer, state] of this.#layers.entries()) {
+        if (!state || length === 0) continue;
+        copied.#layers[layer] = own(state.keys.engine, () => mapTree({ ...state }, (x) => firstPositions(x, length)));
+      }
+    } catch (error) {
+      copied.dispose();
+      throw error;
+    }
+    return copied;
   }
 
   dispose(): void {
+    this.#disposed = true;
     for (const state of this.#layers) if (state) dispose({ ...state });
     this.#layers.fill(undefined);
   }
@@ -131,6 +189,14 @@ export class TransformerCache implements KvCache {
     }
   }
 }
+
+/** [batch, positions, ...] -> [batch, length or fewer, ...] */
+const firstPositions = (x: Tensor, length: number): Tensor =>
+  slice(
+    x,
+    x.shape.map(() => 0),
+    x.shape.map((size, axis) => (axis === 1 ? Math.min(length, size) : size)),
+  );
 
 /** Runs `make` in a scope and takes what it returns out of all scopes: the caller frees it. */
 function own<T extends Tree>(engine: Engine, make: () => T): T {

@@ -1,9 +1,17 @@
 // Chat templates against what Transformers made of the same ones; where a checkpoint keeps them; what goes wrong, in words; templates
 // that never end.
-import { readFile } from "node:fs/promises";
+import { mkdir, mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { CheckpointError, type Json, ShapeError } from "@switchyard/core";
 import { describe, expect, it } from "vitest";
-import { type ChatMessage, type ChatOptions, chatTemplate, readChatTemplate } from "./chat-template.ts";
+import {
+  type ChatMessage,
+  type ChatOptions,
+  chatTemplate,
+  namedChatTemplates,
+  readChatTemplate,
+} from "./chat-template.ts";
 import { readCheckpoint } from "./checkpoint.ts";
 import { bytesSource } from "./safetensors.ts";
 import { tokenizer } from "./tokenizer.ts";
@@ -94,6 +102,71 @@ describe("the templates of a checkpoint", () => {
       "config",
     );
     expect(await read({ "chat_template.json": files["chat_template.json"] })).toBe("json");
+  });
+
+  it("may have names in a folder of their own, as Transformers saves them", async () => {
+    const folder = await mkdtemp(join(tmpdir(), "switchyard-templates-"));
+    try {
+      const here = join(folder, "model");
+      const own = join(here, "additional_chat_templates");
+      await mkdir(own, { recursive: true });
+      expect(await namedChatTemplates(join(folder, "nowhere"))).toEqual({});
+      expect(await namedChatTemplates(here)).toEqual({});
+      await writeFile(join(own, "tool_use.jinja"), "tools {{ tools | length }}");
+      await writeFile(join(own, "rag.jinja"), "documents");
+      await writeFile(join(own, "notes.txt"), "no template");
+      const named = await namedChatTemplates(here);
+      const beside = await checkpoint({
+        "chat_template.jinja": "plain",
+        "chat_template.json": '{"chat_template":"json"}',
+      });
+      const chat = await readChatTemplate(beside, named);
+      expect(chat.names).toEqual(["default", "rag", "tool_use"]);
+      expect(chat.render(messages)).toBe("plain");
+      expect(chat.render(messages, { tools: [{}] })).toBe("tools 1");
+      expect(chat.render(messages, { template: "rag" })).toBe("documents");
+      // Such files replace what the JSON files say.
+      const alone = await readChatTemplate(
+        await checkpoint({ "chat_template.json": '{"chat_template":"json"}' }),
+        named,
+      );
+      expect(alone.names).toEqual(["rag", "tool_use"]);
+      // Links lead where those of the weights may lead.
+      await writeFile(join(folder, "elsewhere"), "stolen");
+      await symlink(join("..", "..", "elsewhere"), join(own, "link.jinja"));
+      await expect(namedChatTemplates(here)).rejects.toThrow(/link.jinja: it is a link that leads out of the folder/);
+      expect((await namedChatTemplates(here, { followLinks: true })).link).toBe("stolen");
+      await rm(join(own, "link.jinja"));
+      await writeFile(join(own, "bytes.jinja"), Uint8Array.of(0xff));
+      await expect(namedChatTemplates(here)).rejects.toThrow(/bytes.jinja is not a text: it is not UTF-8/);
+      await writeFile(join(own, "bytes.jinja"), "x".repeat(600_000));
+      await expect(namedChatTemplates(here)).rejects.toThrow(
+        /bytes.jinja has 600000 bytes; at most 524288 are allowed/,
+      );
+    } finally {
+      await rm(folder, { recursive: true });
+    }
+  });
+
+  it("are found through the links of the Hub's cache, but not through a link of the whole folder elsewhere", async () => {
+    const folder = await mkdtemp(join(tmpdir(), "switchyard-templates-"));
+    try {
+      const snapshot = join(folder, "models--a--b", "snapshots", "abc");
+      const own = join(snapshot, "additional_chat_templates");
+      await mkdir(own, { recursive: true });
+      await mkdir(join(folder, "models--a--b", "blobs"));
+      await writeFile(join(folder, "models--a--b", "blobs", "123"), "from the Hub");
+      await symlink(join("..", "..", "..", "blobs", "123"), join(own, "rag.jinja"));
+      expect(await namedChatTemplates(snapshot)).toEqual({ rag: "from the Hub" });
+      const other = join(folder, "other");
+      await mkdir(other);
+      await symlink(own, join(other, "additional_chat_templates"));
+      await expect(namedChatTemplates(other)).rejects.toThrow(
+        /is a link that leads out of .*other, to .*followLinks: true/,
+      );
+    } finally {
+      await rm(folder, { recursive: true });
+    }
   });
 
   it("may be missing: that is no error until one is needed", async () => {

@@ -2,7 +2,9 @@
 // in an interpreter with a bound on work and size, and see nothing but what is given to them.
 import { Environment, Interpreter, parse, tokenize } from "@huggingface/jinja";
 import { CheckpointError, type Json, ShapeError } from "@switchyard/core";
+import { builtIn } from "./built-in.ts";
 import { isRecord, type OpenCheckpoint } from "./checkpoint.ts";
+import { folderFiles } from "./files.ts";
 import { quote } from "./safetensors.ts";
 
 /** One message. Templates read further keys too, such as `tool_calls`; `content` is a text or a list of parts. */
@@ -42,8 +44,10 @@ export interface ChatTemplate {
 export interface ChatTemplateFiles {
   /** Content of tokenizer_config.json: `chat_template` is a text or a list of `{ name, template }`. */
   readonly config?: { readonly [key: string]: Json } | undefined;
-  /** Text of chat_template.jinja; it comes before the others. */
+  /** Text of chat_template.jinja, the template "default"; it and `named` come before the others, which are not looked at then. */
   readonly jinja?: string | undefined;
+  /** Texts of additional_chat_templates/NAME.jinja by name. */
+  readonly named?: Readonly<Record<string, string>> | undefined;
   /** Content of chat_template.json; it comes last. */
   readonly json?: { readonly [key: string]: Json } | undefined;
   /** Content of special_tokens_map.json, for special tokens that tokenizer_config.json does not name. */
@@ -259,8 +263,9 @@ function strftime(date: Date, format: string): string {
 }
 
 /** Templates by name, unchecked: a broken one must not keep a model from loading. */
-function templates({ config = {}, jinja, json = {} }: ChatTemplateFiles): Map<string, Json> {
-  if (jinja !== undefined) return new Map([["default", jinja]]);
+function templates({ config = {}, jinja, named = {}, json = {} }: ChatTemplateFiles): Map<string, Json> {
+  const files = [...(jinja === undefined ? [] : [["default", jinja] as const]), ...Object.entries(named)];
+  if (files.length > 0) return new Map(files);
   const found = config.chat_template ?? json.chat_template;
   if (found === undefined || found === null) return new Map();
   if (isRecord(found)) return new Map(Object.entries(found));
@@ -383,12 +388,55 @@ export function chatTemplate(files: ChatTemplateFiles): ChatTemplate {
   };
 }
 
+/** Models have two or three. */
+const mostNamed = 100;
+
 /**
- * The chat template of an open checkpoint. Named templates in a folder of their own (additional_chat_templates) are not read.
+ * The named chat templates of a checkpoint in a folder, as Transformers saves them: additional_chat_templates/NAME.jinja, for
+ * `readChatTemplate` (Node). Throws CheckpointError for more than 100 of them, too long ones, and links that lead out of the folder.
+ */
+export async function namedChatTemplates(
+  folder: string,
+  { followLinks = false }: { readonly followLinks?: boolean } = {},
+): Promise<Readonly<Record<string, string>>> {
+  const { join } = await builtIn("node:path");
+  const below = join(folder, "additional_chat_templates");
+  const files = await folderFiles(below, { followLinks, within: folder });
+  const names = (await files.list()).filter((name) => name.endsWith(".jinja")).sort();
+  if (names.length > mostNamed) {
+    throw new CheckpointError(`${below} holds ${names.length} chat templates; at most ${mostNamed} are allowed`);
+  }
+  const found: [string, string][] = [];
+  for (const name of names) {
+    const file = await files.open(name);
+    if (!file) continue;
+    try {
+      // A character of UTF-8 has up to four bytes.
+      if (file.size > 4 * longestTemplate) {
+        throw new CheckpointError(`${file.name} has ${file.size} bytes; at most ${4 * longestTemplate} are allowed`);
+      }
+      const text = new TextDecoder("utf-8", { fatal: true }).decode(await file.read(0, file.size));
+      found.push([name.slice(0, -".jinja".length), text]);
+    } catch (cause) {
+      if (CheckpointError.isInstance(cause)) throw cause;
+      throw new CheckpointError(`${file.name} is not a text: it is not UTF-8`, { cause });
+    } finally {
+      await file.close();
+    }
+  }
+  return Object.fromEntries(found);
+}
+
+/**
+ * The chat template of an open checkpoint; `named` are those of a folder beside it, as `namedChatTemplates` reads them.
  * Throws CheckpointError for files that are too large or no JSON.
  */
-export async function readChatTemplate(checkpoint: Pick<OpenCheckpoint, "json" | "text">): Promise<ChatTemplate> {
+export async function readChatTemplate(
+  checkpoint: Pick<OpenCheckpoint, "json" | "text">,
+  named: Readonly<Record<string, string>> = {},
+): Promise<ChatTemplate> {
   return chatTemplate({
+    named,
     config: await checkpoint.json("tokenizer_config.json"),
     jinja: await checkpoint.text("chat_template.jinja"),
     json: await checkpoint.json("chat_template.json"),

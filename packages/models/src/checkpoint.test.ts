@@ -52,6 +52,17 @@ describe("openCheckpoint", () => {
     expect([...new Float32Array(target.buffer)]).toEqual([0, 2, 3, 0]);
     await expect(checkpoint.readInto?.(target, "x", 0)).rejects.toThrow(/bytes 0 to 16 of tensor "x": it has 12/);
     await expect(checkpoint.readInto?.(target.subarray(0, 4), "x", -4)).rejects.toThrow(CheckpointError);
+    const got: number[] = [];
+    const put = (bytes: Uint8Array, at: number): void => {
+      for (const [i, byte] of bytes.entries()) got[at + i] = byte;
+    };
+    await checkpoint.readParts?.([{ name: "x", from: 3, to: 12, put }]);
+    expect(got).toEqual([...(await checkpoint.read("x", [3, 12]))]);
+    const part = { name: "x", from: 0, to: 12, put: () => expect.fail("nothing may be read") };
+    await expect(checkpoint.readParts?.([part, { ...part, to: 16 }])).rejects.toThrow(
+      /bytes 0 to 16 of tensor "x": it has/,
+    );
+    await expect(checkpoint.readParts?.([part, { ...part, name: "z" }])).rejects.toThrow(/no tensor "z"/);
     expect(() => checkpoint.stored("toString")).toThrow(CheckpointError);
     expect(await checkpoint.json("tokenizer.json")).toBeUndefined();
     await checkpoint.close();
@@ -377,5 +388,32 @@ describe("saveFiles", () => {
     const save = saveFiles(join(folder, "file", "run"), [plain("config.json", "1")], last);
     await expect(save).rejects.toThrow(/cannot make the folder .*: a part of the path is a file/);
     await expect(save).rejects.toSatisfy(CheckpointError.isInstance);
+    const inTheWay = saveFiles(join(folder, "file"), [plain("config.json", "1")], last);
+    await expect(inTheWay).rejects.toThrow(/cannot make the folder .*file: a file of that name is in the way/);
+  });
+
+  it.skipIf(process.platform !== "linux")(
+    "refuses a file system that takes no folders, and does not wait",
+    async () => {
+      const save = saveFiles("/proc/no-such/model", [plain("config.json", "1")], last);
+      await expect(save).rejects.toThrow(
+        "cannot make the folder /proc/no-such/model: /proc takes no new folders; choose another place",
+      );
+    },
+  );
+
+  it("makes the folders above, and takes them away again where saving fails", async () => {
+    const deep = join(folder, "a", "b", "c");
+    const broken: FileToSave = {
+      name: "a",
+      async *content() {
+        yield text("half");
+        throw new Error("half-way");
+      },
+    };
+    await expect(saveFiles(deep, [broken], last)).rejects.toThrow("half-way; nothing was changed");
+    expect(await readdir(folder)).toEqual([]);
+    await saveFiles(deep, [plain("config.json", "1")], last);
+    expect(await readdir(deep)).toEqual(["config.json"]);
   });
 });

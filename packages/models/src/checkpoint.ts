@@ -5,6 +5,7 @@ import { CheckpointError } from "@switchyard/core";
 import { folderFiles, isPlainName } from "./files.ts";
 import { type JsonLimits, parseUntrusted } from "./json.ts";
 import type { Checkpoint } from "./model.ts";
+import { readPlaced } from "./read-parts.ts";
 import {
   type ByteSource,
   maximumTensors,
@@ -222,6 +223,14 @@ export async function readCheckpoint(
       if (source.readInto) await source.readInto(target, from + start);
       else target.set(await readExactly(source, from + start, from + start + target.length));
     },
+    readParts: async (parts) =>
+      readPlaced(
+        parts.map(({ name, from: start, to: end, put, into }) => {
+          const { from, to, source } = find(name);
+          checkRange(name, { start, end, size: to - from });
+          return { source, from: from + start, to: from + end, put, ...(into ? { into } : {}) };
+        }),
+      ),
     // A vocabulary may hold the word __proto__; as a key of its own it does no harm.
     json: (name) => readJson(open, name, { size: maximumJson, anyKey: true }),
     text: (name) => readText(open, name),

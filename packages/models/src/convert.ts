@@ -1,17 +1,17 @@
 // Rewriting a checkpoint without running it: another float type, other shards, the other layout of experts (Node only). Nothing larger
 // than a piece of a tensor is in memory, what needs no change is copied byte for byte, and a certificate that is worked out
 // from the written files says where every byte of every tensor went.
-import { CheckpointError, type Json, UnsupportedError } from "@switchyard/core";
-import { builtIn } from "./built-in.ts";
+import { CheckpointError, type Json } from "@switchyard/core";
 import { indexName, readCheckpoint } from "./checkpoint.ts";
 import { type ConvertCertificate, checkFiles, compareTensors, filesOf } from "./conversion/compare.ts";
-import { type Advance, type ConvertOptions, type Origin, pieceSize, readOrigin, stage } from "./conversion/origin.ts";
+import { advancing, belongs, copied, otherFiles, rewriting } from "./conversion/folder.ts";
+import { type ConvertOptions, type Origin, pieceSize, stage } from "./conversion/origin.ts";
 import { bytesOf, type Draft, keepers, type Plan, planned } from "./conversion/plan.ts";
 import { converted } from "./conversion/values.ts";
-import { type FileToSave, type FolderFiles, folderFiles, saveFiles } from "./files.ts";
+import { type FileToSave, type FolderFiles, saveFiles } from "./files.ts";
 import { setTopLevel } from "./json-edit.ts";
-import { encodeSafetensors, quote, readExactly, type TensorSource } from "./safetensors.ts";
-import { isCheckpointFile, jsonFile } from "./save-checkpoint.ts";
+import { encodeSafetensors, readExactly, type TensorSource } from "./safetensors.ts";
+import { jsonFile } from "./save-checkpoint.ts";
 
 /** The bytes of a draft, piece by piece. */
 async function* draftBytes(
@@ -25,92 +25,6 @@ async function* draftBytes(
       yield tensor.dtype === dtype ? bytes : converted(bytes, { tensor, to: dtype, saturate });
     }
   }
-}
-
-/** A file as it is. */
-async function* copied(open: FolderFiles["open"], name: string): AsyncGenerator<Uint8Array, void, undefined> {
-  const source = await open(name);
-  if (!source) throw new CheckpointError(`${name} was there a moment ago, and is not any more`);
-  try {
-    for (let at = 0; at < source.size; at += pieceSize) {
-      yield await readExactly(source, at, Math.min(source.size, at + pieceSize));
-    }
-  } finally {
-    await source.close();
-  }
-}
-
-async function* advancing(
-  content: AsyncIterable<Uint8Array>,
-  advance: Advance,
-): AsyncGenerator<Uint8Array, void, undefined> {
-  for await (const bytes of content) {
-    advance(bytes.length);
-    yield bytes;
-  }
-}
-
-/** Throws UnsupportedError where the result would lie in the source folder, or on something that is there. */
-async function checkTarget(source: string, target: string, replace: boolean): Promise<void> {
-  const { realpath, stat } = await builtIn("node:fs/promises");
-  const { dirname, resolve } = await builtIn("node:path");
-  const status = (path: string) =>
-    stat(path, { bigint: true }).catch((error: unknown) => {
-      if (error instanceof Error && "code" in error && (error.code === "ENOENT" || error.code === "ENOTDIR"))
-        return undefined;
-      throw error;
-    });
-  const origin = await status(source);
-  let at = resolve(target);
-  for (let first = true; ; first = false) {
-    const found = await status(at);
-    // By identity, not by name: links and capital letters may hide that it is the same folder.
-    if (found && found.dev === origin?.dev && found.ino === origin.ino) {
-      const how = first ? "is the source folder itself" : "lies in the source folder";
-      throw new UnsupportedError(`cannot convert ${source}: ${target} ${how}; choose a folder outside`);
-    }
-    const real = found ? await realpath(at) : at;
-    const parent = dirname(real);
-    if (parent === real) break;
-    at = parent;
-  }
-  if (replace) return;
-  const [there] = await (await folderFiles(target, { followLinks: true })).entries();
-  if (there) {
-    throw new UnsupportedError(
-      `${target} is not empty: it holds ${quote(there.name)}. Choose another folder, or replace (--replace) the checkpoint there`,
-    );
-  }
-}
-
-const otherWeights =
-  /\.(safetensors|bin|pt|pth|ckpt|pickle|pkl|gguf|h5|msgpack|onnx)$|\.(safetensors|bin)\.index\.json$/i;
-/** Files that belong to the checkpoint that is replaced. */
-const belongs = (name: string): boolean =>
-  isCheckpointFile(name) ||
-  /^(.+\.safetensors|tokenizer\.model|(vocab|merges|special_tokens_map|added_tokens|chat_template|processor_config|preprocessor_config)\.\w+)$/.test(
-    name,
-  );
-
-/** What happens to each thing in the source folder that is no file of weights. */
-async function otherFiles(
-  { files, weights }: Origin,
-  { changed, index }: Plan,
-): Promise<{ readonly copies: string[]; readonly leftOut: { readonly name: string; readonly reason: string }[] }> {
-  const copies: string[] = [];
-  const leftOut: { name: string; reason: string }[] = [];
-  for (const { name, kind } of await files.entries()) {
-    if (kind === "folder") leftOut.push({ name, reason: "a folder" });
-    else if (kind === "elsewhere") leftOut.push({ name, reason: "a link that leads out of the folder" });
-    else if (kind === "other") leftOut.push({ name, reason: "no file, or a name that is not allowed everywhere" });
-    else if (weights.has(name) || name === "config.json") continue;
-    else if (name === indexName && index !== undefined) {
-      if (index === false) leftOut.push({ name, reason: "there is one file of weights now" });
-    } else if (changed && otherWeights.test(name)) {
-      leftOut.push({ name, reason: "other weights, which would not be the converted ones" });
-    } else copies.push(name);
-  }
-  return { copies, leftOut };
 }
 
 /**
@@ -132,22 +46,10 @@ export async function convertCheckpoint(
   target: string,
   options: ConvertOptions = {},
 ): Promise<ConvertCertificate> {
-  const { saturate = false, replace = false, followLinks = false, signal } = options;
-  signal?.throwIfAborted();
-  const files = await folderFiles(source, { followLinks });
-  const checkpoint = await readCheckpoint(files.open, source, { list: files.list });
-  try {
-    await checkTarget(source, target, replace);
-    const origin = await readOrigin(source, files, checkpoint);
+  return rewriting({ source, target, act: "convert" }, options, (origin) => {
     const plan = planned(origin, options);
-    return await write({ origin, plan, target, saturate }, options);
-  } catch (error) {
-    // Not wrapped as a failure of the disk.
-    signal?.throwIfAborted();
-    throw error;
-  } finally {
-    await checkpoint.close();
-  }
+    return write({ origin, plan, target, saturate: options.saturate ?? false }, options);
+  });
 }
 
 async function write(
@@ -155,7 +57,7 @@ async function write(
   options: ConvertOptions,
 ): Promise<ConvertCertificate> {
   const { files } = origin;
-  const { copies, leftOut } = await otherFiles(origin, plan);
+  const { copies, leftOut } = await otherFiles(origin, plan, "converted");
   const toSave: FileToSave[] = [];
   const copyNames = new Set([...plan.weights.filter((name) => !plan.written.has(name)), ...copies]);
   const sizes = new Map<string, number>();

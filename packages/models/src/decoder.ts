@@ -3,7 +3,6 @@
 import {
   add,
   affine,
-  cast,
   type Engine,
   hostConstant,
   layerNorm,
@@ -16,7 +15,6 @@ import {
   slice,
   type Tensor,
   type Tree,
-  takeRows,
   UnsupportedError,
 } from "@switchyard/core";
 import {
@@ -38,10 +36,10 @@ import {
 import type { AttentionModule, Turns } from "./attention/kind.ts";
 import type { Blueprint } from "./blueprint.ts";
 import { breathe } from "./breathe.ts";
-import { TransformerCache } from "./cache.ts";
+import { type CacheSizes, TransformerCache } from "./cache.ts";
 import type { KvCache, LanguageModel, PassOptions, RoutingPlace } from "./model.ts";
 import { type Rotary, ropeTables } from "./rope.ts";
-import { product } from "./stored-matrix.ts";
+import { lookup, product, withoutLowRank } from "./stored-matrix.ts";
 import type { ExpertStore } from "./streamed-experts.ts";
 import { branch, leaf, tensorsIn } from "./tree.ts";
 
@@ -101,6 +99,12 @@ export function assemble(engine: Engine, blueprint: Blueprint, parts: DecoderPar
     );
   };
 
+  const cacheSizes = blueprint.layers.map(({ attention }): CacheSizes => {
+    const { kind } = attention;
+    if (kind === "latent") return { keys: [1, attention.ropeSize], values: [1, attention.rank] };
+    const each = [attention.kvHeads, attention.headSize] as const;
+    return { keys: each, values: each };
+  });
   const checkCache = (cache: KvCache | undefined, batch: number): TransformerCache | undefined => {
     if (cache === undefined) return undefined;
     if (!(cache instanceof TransformerCache)) {
@@ -110,6 +114,7 @@ export function assemble(engine: Engine, blueprint: Blueprint, parts: DecoderPar
     }
     if (cache.batch !== batch)
       throw new ShapeError(`transformer: the cache has ${cache.batch} rows, the ids have ${batch}`);
+    cache.checkFits(cacheSizes);
     return cache;
   };
 
@@ -154,6 +159,12 @@ export function assemble(engine: Engine, blueprint: Blueprint, parts: DecoderPar
     if (past + sequence > context) {
       throw new ShapeError(
         `transformer: ${past + sequence} positions (${past} of them cached), but context is ${context}`,
+      );
+    }
+    const inAttention = options.override?.some((one) => one?.parts?.includes("attention"));
+    if (inAttention && !routing.some(({ part }) => part === "attention")) {
+      throw new UnsupportedError(
+        "transformer: a routing override names the routers of attention, of which this model has none; leave parts out",
       );
     }
     const { padding } = options;
@@ -223,7 +234,11 @@ export function assemble(engine: Engine, blueprint: Blueprint, parts: DecoderPar
         return cache?.layer(layer) ?? { keys, values };
       },
       cached: cache !== undefined,
-      routerInput: (hidden) => inputOf(hidden, attentionPlace ?? 0),
+      routerInput: (hidden) => ({
+        ...inputOf(hidden, attentionPlace ?? 0),
+        part: "attention",
+        ...(override === undefined ? {} : { override }),
+      }),
     });
     watch?.("attention", attended.output, layer);
     const residual = add(x, scaled(attended.output, blueprint.residualScale));
@@ -257,13 +272,19 @@ export function assemble(engine: Engine, blueprint: Blueprint, parts: DecoderPar
     watch?.("hidden", x, layer);
     return x;
   };
+  /** What the layer's router and experts run on: routers see plain tensors. */
+  const moeParams = (params: Tree, layer: number): Tree => {
+    const own = branch(params, "layers", layer, "moe");
+    const router = branch(own, "router");
+    const plain = withoutLowRank(router);
+    return plain === router ? own : { ...own, router: plain };
+  };
   const runDense = (params: Tree, layer: number, experts: Experts, { hidden, layout }: RouterInput): Tensor => {
     const ends = hostConstant(hidden, Int32Array.of(hidden.shape[0] ?? 0), [1]);
     return experts.apply(branch(params, "layers", layer, "dense"), hidden, ends, layout).output;
   };
   const embedded = ({ params, tokenIds, layout: { batch, sequence }, options }: PassState): Tensor => {
-    const rows = takeRows(leaf(params, "embed"), tokenIds);
-    const x = reshape(rows.dtype === "f32" ? rows : cast(rows, "f32"), [batch, sequence, width]);
+    const x = reshape(lookup(params, "embed", tokenIds), [batch, sequence, width]);
     options.watch?.("embed", x, 0);
     return scaled(x, blueprint.embedScale);
   };
@@ -321,7 +342,7 @@ export function assemble(engine: Engine, blueprint: Blueprint, parts: DecoderPar
                 observe: (name, rows, ends) => observe(`layers.${layer}.moe.experts.${name}`, layer, rows, ends),
               }
             : {};
-          const done = moe(feedForward.module, branch(params, "layers", layer, "moe"), input, watching);
+          const done = moe(feedForward.module, moeParams(params, layer), input, watching);
           x = join(pass, layer, residual, done.output);
           if (done.routed.cache) pass.cache?.setRouter(layer, done.routed.cache);
           carry = done.routed.carry;
@@ -331,13 +352,17 @@ export function assemble(engine: Engine, blueprint: Blueprint, parts: DecoderPar
       });
     });
 
+  /** All parameters and buffers, found once. */
+  let owned: ReadonlySet<Tensor> | undefined;
   const step: LanguageModel["step"] = async (ids, options = {}) => {
     await breathe();
     // Between scopes tensors have no owner: those made here are ours to free, those that came in are not.
-    const foreign = tensorsIn([ownParams, ownBuffers, ids, { ...options, watch: undefined, trace: undefined }]);
+    owned ??= tensorsIn([ownParams, ownBuffers]);
+    const given = owned;
+    const foreign = tensorsIn([ids, { ...options, watch: undefined, trace: undefined }]);
     const alive = new Set<Tensor>();
     const keep = <T>(value: T): T => {
-      for (const x of tensorsIn(value)) if (!foreign.has(x)) alive.add(x);
+      for (const x of tensorsIn(value)) if (!foreign.has(x) && !given.has(x)) alive.add(x);
       return value;
     };
     const pass = engine.scope(() => begin(ownParams, ids, options));
@@ -351,44 +376,47 @@ export function assemble(engine: Engine, blueprint: Blueprint, parts: DecoderPar
       if (sequence === 0) throw new ShapeError("transformer: step needs at least one token per row");
       let x = keep(engine.scope(() => embedded(pass)));
       let carry: Tree | undefined;
+      const measuring: MoEOptions = { metrics: trace !== undefined && trace.metrics !== false };
       for (const [layer, { attentionPlace, feedForward }] of layers.entries()) {
         // What the cache holds is the cache's.
         for (const tensor of tensorsIn(pass.cache?.layer(layer)?.router)) foreign.add(tensor);
+        /** The layer up to what its router decides. */
+        const begun = (module: MoELayer): Begun => {
+          const { residual, input, routed: heads } = attend(pass, layer, x, carry);
+          return { residual, input, heads, routed: routeTokens(module, moeParams(ownParams, layer), input) };
+        };
+        /** The rest of it. */
+        const ended = (module: MoELayer, place: number, { residual, input, heads, routed: decided }: Begun) => {
+          if (heads && attentionPlace !== undefined) trace?.record(attentionPlace, heads);
+          const { output, routed } = runExperts(module, branch(ownParams, "layers", layer, "moe"), input, {
+            routed: decided,
+            options: measuring,
+          });
+          if (routed.cache) pass.cache?.setRouter(layer, routed.cache);
+          trace?.record(place, routed);
+          return { x: join(pass, layer, residual, output), carry: routed.carry };
+        };
+        let done: { readonly x: Tensor; readonly carry: Tree | undefined };
         if (feedForward.kind === "dense") {
-          const dense = keep(
-            engine.scope(() => {
-              const { residual, input, routed: heads } = attend(pass, layer, x, carry);
-              return { x: join(pass, layer, residual, runDense(ownParams, layer, feedForward.experts, input)), heads };
-            }),
-          );
-          if (dense.heads && attentionPlace !== undefined) trace?.record(attentionPlace, dense.heads);
-          x = dense.x;
+          done = engine.scope(() => {
+            const { residual, input, routed: heads } = attend(pass, layer, x, carry);
+            if (heads && attentionPlace !== undefined) trace?.record(attentionPlace, heads);
+            return { x: join(pass, layer, residual, runDense(ownParams, layer, feedForward.experts, input)), carry };
+          });
+        } else if (feedForward.module.experts.stream) {
+          const { module, place } = feedForward;
+          const first = keep(engine.scope(() => begun(module)));
+          const served = await serve(module, first, keep);
+          done = engine.scope(() => ended(served, place, first));
         } else {
           const { module, place } = feedForward;
-          const params = branch(ownParams, "layers", layer, "moe");
-          const first = keep(
-            engine.scope(() => {
-              const { residual, input, routed: heads } = attend(pass, layer, x, carry);
-              return { residual, input, heads, routed: routeTokens(module, params, input) };
-            }),
-          );
-          if (first.heads && attentionPlace !== undefined) trace?.record(attentionPlace, first.heads);
-          const served = await serve(module, first, keep);
-          const second = keep(
-            engine.scope(() => {
-              const { input, routed, residual } = first;
-              const done = runExperts(served, params, input, {
-                routed,
-                options: { metrics: trace !== undefined && trace.metrics !== false },
-              });
-              return { x: join(pass, layer, residual, done.output), routed: done.routed };
-            }),
-          );
-          if (second.routed.cache) pass.cache?.setRouter(layer, second.routed.cache);
-          trace?.record(place, second.routed);
-          x = second.x;
-          carry = second.routed.carry;
+          // Experts of many tokens need the memory that attention took; of few tokens a scope costs more than it frees.
+          const first = (): Begun =>
+            batch * sequence > FEW_TOKENS ? engine.scope(() => begun(module)) : begun(module);
+          done = engine.scope(() => ended(module, place, first()));
         }
+        keep(done);
+        ({ x, carry } = done);
         // What the next layers need stays; the rest of this layer goes now, not at the end of the pass.
         const needed = tensorsIn([x, carry]);
         for (const tensor of alive) {
@@ -447,6 +475,18 @@ export function assemble(engine: Engine, blueprint: Blueprint, parts: DecoderPar
       return assemble(engine, blueprint, { ...parts, params, buffers });
     },
   };
+}
+
+/** Up to so many tokens of a pass, what their layers hold is no matter. */
+const FEW_TOKENS = 16;
+
+/** A layer whose router has decided. */
+interface Begun {
+  readonly residual: Tensor;
+  readonly input: RouterInput;
+  /** What the attention's own router decided. */
+  readonly heads: Routed | undefined;
+  readonly routed: Routed;
 }
 
 interface PassSizes {

@@ -136,6 +136,28 @@ describe("evaluateText", () => {
     expect(found.bitsPerByte).toBeCloseTo(nats / Math.LN2 / (found.bytes ?? 0), 12);
   });
 
+  it("gives perplexity where tokens are words, and says why there are no bits per byte", async () => {
+    const vocab = { "[UNK]": 0, hello: 1, "##ing": 2, world: 3, ".": 4, "[CLS]": 5 };
+    const words = tokenizer({
+      tokenizer: {
+        added_tokens: [{ id: 5, content: "[CLS]", special: true }],
+        normalizer: null,
+        pre_tokenizer: { type: "BertPreTokenizer" },
+        post_processor: null,
+        decoder: { type: "WordPiece", prefix: "##", cleanup: true },
+        model: { type: "WordPiece", unk_token: "[UNK]", continuing_subword_prefix: "##", vocab },
+      },
+      config: {},
+    });
+    const model = loudModel(makeEngine(), smallConfig);
+    const found = await evaluateText(model, words, "helloing world. hello world.");
+    const { nats, perplexity } = await evaluateTokens(model, [1, 2, 3, 4, 1, 3, 4]);
+    expect([found.tokens, found.nats, found.perplexity]).toEqual([7, nats, perplexity]);
+    expect(found.withoutBytes).toMatch(/the tokens of this tokenizer are words/);
+    expect(Object.keys(found)).not.toEqual(expect.arrayContaining(["bytes"]));
+    expect(Object.keys(found)).not.toEqual(expect.arrayContaining(["bitsPerByte"]));
+  });
+
   it("puts the checkpoint's own beginning before the text, which is then foretold whole", async () => {
     const engine = makeEngine();
     const files = await trainTokenizer([text], { vocabulary: 280 });

@@ -36,7 +36,7 @@ export interface Evaluation {
   /** Tokens that were foretold: all but the first of the text, or of each window where `stride` is `context`. */
   readonly scored: number;
   readonly windows: number;
-  /** Of the foretold tokens; absent where only ids are known. */
+  /** Of the foretold tokens; absent where only ids are known, and for tokenizers of words (WordPiece). */
   readonly bytes?: number;
   /** Negative log-likelihood of the foretold tokens, natural logarithm. */
   readonly nats: number;
@@ -45,6 +45,8 @@ export interface Evaluation {
   readonly bitsPerToken: number;
   /** Where bytes are known. */
   readonly bitsPerByte?: number;
+  /** Of a text: why they are not. */
+  readonly withoutBytes?: string;
 }
 
 function evaluationOf(sums: {
@@ -53,13 +55,15 @@ function evaluationOf(sums: {
   windows: number;
   nats: number;
   bytes: number | undefined;
+  withoutBytes: string | undefined;
 }): Evaluation {
-  const { tokens, scored, windows, nats, bytes } = sums;
+  const { tokens, scored, windows, nats, bytes, withoutBytes } = sums;
   return {
     ...{ tokens, scored, windows, nats },
     perplexity: Math.exp(nats / scored),
     bitsPerToken: nats / scored / Math.LN2,
     ...(bytes === undefined ? {} : { bytes, bitsPerByte: nats / bytes / Math.LN2 }),
+    ...(withoutBytes === undefined ? {} : { withoutBytes }),
   };
 }
 
@@ -89,7 +93,20 @@ function logProbability(
 export async function evaluateTokens(
   model: Model & { readonly engine: Engine },
   ids: ArrayLike<number>,
-  { bytesOf, ...options }: EvaluateOptions & { bytesOf?(id: number, position: number): number } = {},
+  options: EvaluateOptions & { bytesOf?(id: number, position: number): number } = {},
+): Promise<Evaluation> {
+  return evaluateIds(model, ids, options);
+}
+
+interface IdsOptions extends EvaluateOptions {
+  bytesOf?(id: number, position: number): number;
+  readonly withoutBytes?: string;
+}
+
+async function evaluateIds(
+  model: Model & { readonly engine: Engine },
+  ids: ArrayLike<number>,
+  { bytesOf, withoutBytes, ...options }: IdsOptions,
 ): Promise<Evaluation> {
   const { vocabulary } = model;
   const { context = model.context, chunk = 128, signal, allowNonCausal, onProgress } = options;
@@ -114,7 +131,7 @@ export async function evaluateTokens(
   /** The last token of a window is foretold, not run. */
   const runOf = (start: number): number => Math.min(context, count - start) - 1;
   const total = starts.reduce((sum, start) => sum + runOf(start), 0);
-  const sums = { tokens: count, scored: 0, windows: 0, nats: 0, bytes: bytesOf ? 0 : undefined };
+  const sums = { tokens: count, scored: 0, windows: 0, nats: 0, bytes: bytesOf ? 0 : undefined, withoutBytes };
   let done = 0;
   /** Ids before this one have had their turn. */
   let next = 1;
@@ -172,7 +189,8 @@ export async function evaluateTokens(
 
 /**
  * How well a model foretells a text, with the tokenizer of its checkpoint. Special tokens that the checkpoint wants at the ends of a
- * text are put there; they have no bytes. With one at the beginning the whole text is foretold, else all but the first token.
+ * text are put there; they have no bytes. With one at the beginning the whole text is foretold, else all but the first token. Where tokens
+ * are words and not bytes (WordPiece), there are no bits per byte, and `withoutBytes` says so.
  * Throws as `evaluateTokens` does.
  *
  * @example const { bitsPerByte } = await evaluateText(model, tokenizer, await readFile("novel.txt", "utf8"));
@@ -188,7 +206,27 @@ export async function evaluateText(
   // Where the text begins between the special tokens around it.
   let first = 0;
   while (first < ids.length - bare.length && !bare.every((id, i) => ids[first + i] === id)) first++;
+  const sizes = byteSizes(tokenizer, bare);
+  if (!sizes) {
+    const withoutBytes =
+      "the tokens of this tokenizer are words: how many bytes of the text each stands for is not known";
+    return evaluateIds(model, ids, { ...options, withoutBytes });
+  }
   const bytesOf = (id: number, position: number): number =>
-    position < first || position >= first + bare.length ? 0 : tokenizer.bytes([id]).length;
-  return evaluateTokens(model, ids, { ...options, bytesOf });
+    position < first || position >= first + bare.length ? 0 : (sizes.get(id) ?? 0);
+  return evaluateIds(model, ids, { ...options, bytesOf });
+}
+
+/** Bytes of each id; undefined where a token is not made of bytes. */
+function byteSizes(tokenizer: Tokenizer, ids: ArrayLike<number>): ReadonlyMap<number, number> | undefined {
+  const sizes = new Map<number, number>();
+  for (const id of new Set(Array.from(ids))) {
+    try {
+      sizes.set(id, tokenizer.bytes([id]).length);
+    } catch (error) {
+      if (ShapeError.isInstance(error)) return undefined;
+      throw error;
+    }
+  }
+  return sizes;
 }

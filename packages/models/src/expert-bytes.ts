@@ -2,7 +2,7 @@
 // straight into a buffer that is used again for other experts, so that streaming leaves nothing for the garbage collector.
 import type { Checkpoint } from "./model.ts";
 import type { CheckpointIndex, Source } from "./source.ts";
-import { below, checkPiece, type HostFloats, type HostMatrix, readPiece } from "./stored-matrix.ts";
+import { below, type HostFloats, type HostMatrix, plainStretches, readPiece, type Stretch } from "./stored-matrix.ts";
 
 export type ExpertSource = Extract<Source, { kind: "experts" }>;
 /** By name: gateUp, down and, with biases, theirs. */
@@ -17,7 +17,7 @@ interface PlainMatrix {
   /** Where it begins in the buffer. */
   readonly at: number;
   /** Bytes of tensors, one after the other. */
-  readonly stretches: readonly { readonly name: string; readonly from: number; readonly bytes: number }[];
+  readonly stretches: readonly Stretch[];
 }
 
 /** An expert that is used as it is stored. */
@@ -27,12 +27,6 @@ export interface PlainExpert {
   readonly bytes: number;
 }
 
-/** Floats that need no rearranging: their names in files. */
-const plainTypes: ReadonlyMap<string, HostFloats["dtype"]> = new Map([
-  ["F32", "f32"],
-  ["F16", "f16"],
-  ["BF16", "bf16"],
-]);
 const sizeOf = (shape: readonly number[]): number => shape.reduce((n, d) => n * d, 1);
 
 /** Expert e where all of it is used as it is stored; undefined where some is packed, transposed or alternates. */
@@ -40,26 +34,11 @@ export function plainExpert(index: CheckpointIndex, sources: ExpertSources, e: n
   const matrices: PlainMatrix[] = [];
   let end = 0;
   for (const [name, source] of sources) {
-    const stretches: { name: string; from: number; bytes: number }[] = [];
-    const types = new Set<HostFloats["dtype"]>();
+    const plain = plainStretches(index, source, e);
+    if (!plain) return undefined;
     const at = Math.ceil(end / 4) * 4;
-    end = at;
-    for (const piece of source.expert(e)) {
-      const form = checkPiece(index, piece);
-      const { shape, rows, index: entry = 0, transposed, alternating } = piece;
-      if (form.kind !== "floats" || transposed || alternating) return undefined;
-      const dtype = plainTypes.get(index.stored(piece.name).dtype);
-      if (dtype === undefined) return undefined;
-      types.add(dtype);
-      const [out = 1, ...rest] = shape;
-      const line = sizeOf(rest) * (dtype === "f32" ? 4 : 2);
-      const { from, total } = rows ?? { from: 0, total: out };
-      stretches.push({ name: piece.name, from: (entry * total + from) * line, bytes: out * line });
-      end += out * line;
-    }
-    const [dtype, ...more] = types;
-    if (dtype === undefined || more.length > 0) return undefined;
-    matrices.push({ name, dtype, shape: source.shape.slice(1), at, stretches });
+    matrices.push({ name, ...plain, shape: source.shape.slice(1), at });
+    end = plain.stretches.reduce((n, { bytes }) => n + bytes, at);
   }
   return { matrices, bytes: end };
 }

@@ -52,11 +52,15 @@ async function openFile(path: string, name: string): Promise<FileSource | undefi
   }
   const fill = async (target: Uint8Array, from: number): Promise<void> => {
     let done = 0;
-    while (done < target.length) {
-      const { bytesRead } = await handle.read(target, done, target.length - done, from + done);
+    // Memory of wasm that grows meanwhile leaves the array empty: what is missing then must not pass for read.
+    const { length } = target;
+    while (done < length) {
+      const { bytesRead } = await handle.read(target, done, length - done, from + done);
       if (bytesRead === 0) throw new CheckpointError(`${name} ended at byte ${from + done} while it was being read`);
       done += bytesRead;
     }
+  };
+  const unchanged = async (): Promise<void> => {
     // Streamed experts are read for as long as the model lives: half of another model would be wrong in silence.
     const now = await handle.stat();
     if (now.mtimeMs !== status.mtimeMs || now.size !== status.size) {
@@ -69,9 +73,14 @@ async function openFile(path: string, name: string): Promise<FileSource | undefi
     async read(from, to) {
       const bytes = new Uint8Array(to - from);
       await fill(bytes, from);
+      await unchanged();
       return bytes;
     },
-    readInto: (target, from) => fill(target, from),
+    async readInto(target, from) {
+      await fill(target, from);
+      await unchanged();
+    },
+    unwatched: { fill, unchanged },
     close: () => handle.close(),
   };
 }
@@ -108,10 +117,14 @@ export interface FolderEntry {
 }
 
 /**
- * The files of a folder as its last complete save left them. Links that lead out of the folder are refused unless
- * `followLinks`; the cache of the Hugging Face Hub, whose snapshots are links into `blobs` beside them, needs no option.
+ * The files of a folder as its last complete save left them. Links that lead out of the folder, or out of the one that it belongs to
+ * (`within`), are refused unless `followLinks`; the cache of the Hugging Face Hub, whose snapshots are links into `blobs` beside them,
+ * needs no option.
  */
-export async function folderFiles(folder: string, { followLinks = false } = {}): Promise<FolderFiles> {
+export async function folderFiles(
+  folder: string,
+  { followLinks = false, within }: { readonly followLinks?: boolean; readonly within?: string } = {},
+): Promise<FolderFiles> {
   const { readdir, realpath, stat } = await builtIn("node:fs/promises");
   const { basename, dirname, join, sep } = await builtIn("node:path");
   const real = (path: string): Promise<string | undefined> =>
@@ -125,10 +138,16 @@ export async function folderFiles(folder: string, { followLinks = false } = {}):
     throw explained(`cannot read ${folder}`, error);
   });
   if (!status.isDirectory()) throw new CheckpointError(`cannot read ${folder}: it is a file, not a folder`);
-  const inside = [root + sep];
-  const snapshots = dirname(root);
+  const top = (within === undefined ? undefined : await real(within)) ?? root;
+  const inside = [top + sep];
+  const snapshots = dirname(top);
   if (basename(snapshots) === "snapshots") inside.push(join(dirname(snapshots), "blobs") + sep);
   const leadsOut = (target: string): boolean => !followLinks && !inside.some((start) => target.startsWith(start));
+  if (leadsOut(root + sep)) {
+    throw new CheckpointError(
+      `cannot read ${folder}: it is a link that leads out of ${within}, to ${root}. Pass followLinks: true where you made it yourself`,
+    );
+  }
   const openInside = async (name: string): Promise<FileSource | undefined> => {
     if (!isPlainName(name)) throw new CheckpointError(`cannot read ${quote(name)} in ${folder}: it is no file name`);
     const path = join(folder, name);
@@ -263,6 +282,44 @@ async function writeNew(path: string, content: ReturnType<FileToSave["content"]>
   }
 }
 
+/**
+ * Makes a folder and those above it that are missing, one by one: Node's recursive mkdir never ends where a file system that takes no
+ * folders says that there is no such one (/proc). Answers the folders made, the outermost first.
+ */
+async function makeFolders(folder: string): Promise<readonly string[]> {
+  const { mkdir, rmdir, stat } = await builtIn("node:fs/promises");
+  const { dirname, resolve } = await builtIn("node:path");
+  const missing: string[] = [];
+  for (let path = resolve(folder); ; path = dirname(path)) {
+    const found = await stat(path).catch((error: unknown) => {
+      if (codeOf(error) === "ENOENT" && dirname(path) !== path) return undefined;
+      throw explained(`cannot make the folder ${folder}`, error);
+    });
+    if (found === undefined) {
+      missing.unshift(path);
+      continue;
+    }
+    if (found.isDirectory()) break;
+    throw new CheckpointError(`cannot make the folder ${folder}: a file of that name is in the way`);
+  }
+  const made: string[] = [];
+  for (const path of missing) {
+    try {
+      await mkdir(path);
+      made.push(path);
+    } catch (error) {
+      // Another process was faster.
+      if (codeOf(error) === "EEXIST" && (await stat(path).catch(() => undefined))?.isDirectory()) continue;
+      // Empty ones that cannot be removed do no harm.
+      for (const one of made.reverse()) await rmdir(one).catch(() => undefined);
+      if (codeOf(error) !== "ENOENT") throw explained(`cannot make the folder ${folder}`, error);
+      const why = `${dirname(path)} takes no new folders; choose another place`;
+      throw new CheckpointError(`cannot make the folder ${folder}: ${why}`, { cause: error });
+    }
+  }
+  return made;
+}
+
 type Undo = (() => Promise<void>)[];
 
 /**
@@ -345,28 +402,21 @@ async function takeBack(undo: Undo, tidy: Undo): Promise<string> {
 }
 
 async function save(folder: string, files: readonly FileToSave[], options: SaveOptions): Promise<void> {
-  const { mkdir, readdir, rename, rm, rmdir } = await builtIn("node:fs/promises");
-  const { dirname, join, resolve } = await builtIn("node:path");
+  const { readdir, rename, rm, rmdir } = await builtIn("node:fs/promises");
+  const { join } = await builtIn("node:path");
   const { last } = options;
   const tag = globalThis.crypto.randomUUID().slice(0, 8);
   const names = files.map(({ name }) => name);
   const belongs = (name: string): boolean => names.includes(name) || name === recordName || !!options.isStale?.(name);
 
-  const made = await mkdir(folder, { recursive: true }).catch((error: unknown) => {
-    throw explained(`cannot make the folder ${folder}`, error);
-  });
+  const made = await makeFolders(folder);
   /** Removes what was written. */
   const tidy: Undo = [];
   /** From the record on: makes the earlier files count again. Until all of it is done the new ones do. */
   const undo: Undo = [];
   let inPlace = false;
-  if (made !== undefined) {
-    const parents = [resolve(folder)];
-    while (parents[0] !== resolve(made)) parents.unshift(dirname(parents[0] as string));
-    for (const parent of parents) tidy.push(() => rmdir(parent));
-  } else {
-    await finishSave(folder);
-  }
+  if (made.length > 0) for (const path of made) tidy.push(() => rmdir(path));
+  else await finishSave(folder);
   try {
     await removeLeftovers(folder, belongs);
     for (const { name, content } of files) {

@@ -145,6 +145,11 @@ describe("generate", () => {
   it.each<[Partial<GenerateOptions>, RegExp]>([
     [{ prompt: [] }, /the prompt is empty/],
     [{ prompt: [13] }, /prompt id 13 is not in a vocabulary of 13/],
+    [{ stop: [2, 13] }, /stop id 13 is not in a vocabulary of 13: it would never come/],
+    [{ stop: [-1] }, /stop id -1 is not/],
+    [{ stop: [1.5] }, /stop id 1\.5 is not/],
+    [{ maxNew: Number.NaN }, /maxNew is NaN/],
+    [{ maxNew: Number.NEGATIVE_INFINITY }, /maxNew is -Infinity/],
     [{ prompt: "text" }, /needs a tokenizer/],
     [{ prompt: new Array(13).fill(0) }, /13 tokens, but the context is 12/],
     [{ temperature: -1 }, /temperature is -1/],
@@ -169,6 +174,7 @@ describe("generate", () => {
     const { ids } = await collect({ prompt: [1, 2], temperature: 0, maxNew: 4 });
     expect(await ends({ maxNew: 3 })).toBe("maxNew");
     expect(await ends({ maxNew: 0 })).toBe("maxNew");
+    expect(await ends({ maxNew: Number.POSITIVE_INFINITY })).toBe("context");
     expect(await ends({ stop: [ids[2] ?? -1] })).toBe("stopId");
     expect(await ends({})).toBe("context");
     expect(await ends({ maxNew: 11 })).toBe("maxNew");

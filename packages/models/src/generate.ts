@@ -1,5 +1,6 @@
 // Text generation: prompts go in, tokens come out one after the other, chosen by a decoding strategy.
 import { random, ShapeError } from "@switchyard/core";
+import type { PrefixCache } from "./decoding/prefix-cache.ts";
 import { run } from "./decoding/run.ts";
 import { type SampleOptions, sample } from "./decoding/sample.ts";
 import type { DecodedToken, DecodingModel, DecodingRow, DecodingStrategy } from "./decoding/strategy.ts";
@@ -15,13 +16,13 @@ export interface GenerationOptions extends SampleOptions {
   /** How tokens are chosen, instead of the options of `sample`, which stand here as well. */
   readonly strategy?: DecodingStrategy;
   readonly tokenizer?: Tokenizer;
-  /** Tokens to make at most; default: until the context is full. */
+  /** Tokens to make at most; default, and Infinity: until the context is full. */
   readonly maxNew?: number;
   /** Default 0. Row i of a batch draws as if it were generated alone with `seed + i`. */
   readonly seed?: number;
   /**
    * Ids and strings that end the text. An id is not yielded. Of a string nothing is yielded, though it be spread over tokens: tokens that may be its
-   * beginning are held back, and the token in which it begins keeps only the text before it. Strings need a tokenizer.
+   * beginning are held back, and the token in which it begins keeps only the text before it. Strings need a tokenizer, ids must be in the vocabulary.
    */
   readonly stop?: readonly (number | string)[];
   /** Asked between passes. */
@@ -32,6 +33,8 @@ export interface GenerationOptions extends SampleOptions {
   readonly prefillChunk?: number;
   /** false recomputes the whole sequence for each token; default true. */
   readonly cache?: boolean;
+  /** Spares what earlier texts with the same beginning have run: see `prefixCache`. */
+  readonly prefix?: PrefixCache;
   /**
    * Accepts a router that looks at later tokens: while generating there are none, so it decides otherwise than in the text it was
    * trained on. Default: what the model's config says.
@@ -95,12 +98,19 @@ export async function* generateBatch(
   model: DecodingModel,
   { prompts, ...options }: GenerateBatchOptions,
 ): AsyncGenerator<BatchToken, readonly Ending[], undefined> {
-  const { tokenizer, seed = 0, stop = [], signal, cache = true, allowNonCausal } = options;
+  const { tokenizer, seed = 0, stop = [], signal, cache = true, prefix, allowNonCausal } = options;
   const { maxNew = Number.POSITIVE_INFINITY, prefillChunk, topLogProbabilities = 0 } = options;
-  check("maxNew", options.maxNew, { from: 0 });
+  if (maxNew !== Number.POSITIVE_INFINITY) check("maxNew", maxNew, { from: 0 });
   check("prefillChunk", prefillChunk, { from: 1 });
   check("seed", seed, { from: Number.MIN_SAFE_INTEGER, to: Number.MAX_SAFE_INTEGER });
   check("topLogProbabilities", topLogProbabilities, { from: 0, to: model.vocabulary });
+  const stopIds = stop.filter((one) => typeof one === "number");
+  const foreign = stopIds.find((id) => !Number.isInteger(id) || id < 0 || id >= model.vocabulary);
+  if (foreign !== undefined) {
+    throw new ShapeError(
+      `generate: stop id ${foreign} is not in a vocabulary of ${model.vocabulary}: it would never come`,
+    );
+  }
   const strategy = strategyOf(options);
   const stopStrings = stop.filter((one) => typeof one === "string");
   if (stopStrings.length > 0 && !tokenizer) throw new ShapeError("generate: a stop string needs a tokenizer");
@@ -112,12 +122,13 @@ export async function* generateBatch(
   });
   if (maxNew === 0) return rows.map(() => "maxNew");
   const ends = yield* run(model, rows, strategy, {
-    stopIds: stop.filter((one) => typeof one === "number"),
+    stopIds,
     stopStrings,
     ...(tokenizer ? { tokenizer } : {}),
     topLogProbabilities,
     ...(prefillChunk === undefined ? {} : { prefillChunk }),
     cache,
+    ...(prefix ? { prefix } : {}),
     ...(allowNonCausal === undefined ? {} : { allowNonCausal }),
     ...(signal ? { signal } : {}),
   });

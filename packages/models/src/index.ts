@@ -21,6 +21,7 @@ export {
   type ChatTemplate,
   type ChatTemplateFiles,
   chatTemplate,
+  namedChatTemplates,
   readChatTemplate,
 } from "./chat-template.ts";
 export { type OpenCheckpoint, type OpenFile, openCheckpoint, type ReadOptions, readCheckpoint } from "./checkpoint.ts";
@@ -46,6 +47,7 @@ export { jensenShannon } from "./decoding/jensen-shannon.ts";
 export { klDivergence } from "./decoding/kl-divergence.ts";
 export { majorityVote, type Vote } from "./decoding/majority-vote.ts";
 export type { SamplingOptions } from "./decoding/pick.ts";
+export { type PrefixCache, type PrefixCacheOptions, prefixCache } from "./decoding/prefix-cache.ts";
 export {
   type RoutingDivergence,
   type RoutingDivergenceOptions,
@@ -68,6 +70,7 @@ export type {
   DecodingRow,
   DecodingState,
   DecodingStrategy,
+  SequenceNumbers,
   TokenProbability,
 } from "./decoding/strategy.ts";
 export { type UnchosenExperts, unchosenExperts } from "./decoding/unchosen-experts.ts";
@@ -145,6 +148,7 @@ export {
   randomCheckpoint,
   randomTensors,
 } from "./random-checkpoint.ts";
+export type { ReadPart } from "./read-parts.ts";
 export { type RecordedTensor, recordedSources, recordLogits } from "./record-logits.ts";
 export { type RopeFrequencies, type Rotary, type RotaryOptions, ropeTables, rotary } from "./rope.ts";
 export {

@@ -99,7 +99,7 @@ describe("inspectCheckpoint", () => {
   it("names the families it knows", async () => {
     const checkpoint = await openCheckpoint(fixture("mixtral"));
     const other = { ...checkpoint, config: { model_type: "whale" } };
-    expect(() => inspectCheckpoint(other)).toThrow(/model_type is "whale"; this version knows mixtral, .*switchyard/);
+    expect(() => inspectCheckpoint(other)).toThrow(/model_type is "whale"; this version loads mixtral, .*switchyard/);
     await checkpoint.close();
   });
 });

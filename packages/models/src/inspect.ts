@@ -1,13 +1,10 @@
 // What a checkpoint is, from its description and the headers of its files: nothing of the weights is read.
-import { CheckpointError } from "@switchyard/core";
 import type { RouterPlugin } from "@switchyard/core/moe";
 import type { DescribedArchitecture } from "./architectures/architecture.ts";
-import { architectures as builtIn } from "./architectures/families.ts";
-import { describeSwitchyard } from "./architectures/switchyard.ts";
+import { describeCheckpoint } from "./architectures/find.ts";
 import type { Blueprint, LayerBlueprint } from "./blueprint.ts";
-import { checkDescription } from "./load.ts";
 import type { Checkpoint } from "./model.ts";
-import type { Description, Piece, Source } from "./source.ts";
+import { piecesOf } from "./source.ts";
 import { pieceNames } from "./stored-matrix.ts";
 
 export interface CheckpointPart {
@@ -125,30 +122,11 @@ function usedShare(path: string, { layers }: Blueprint): number {
   return Math.min(1, (feedForward.router.expertsPerToken ?? feedForward.experts) / feedForward.experts);
 }
 
-function* piecesOf(source: Source): Generator<Piece> {
-  if (source.kind === "whole") yield* source.pieces;
-  else for (let e = 0; e < (source.shape[0] ?? 0); e++) yield* source.expert(e);
-}
-
 export interface InspectOptions {
   /** Families beside the built-in ones, asked first. */
   readonly architectures?: readonly DescribedArchitecture[];
   /** For models saved in our own layout, as for loading: the routers that may occur, with their options. */
   readonly routers?: readonly RouterPlugin[];
-}
-
-function describe(checkpoint: Checkpoint, { architectures = [], routers = [] }: InspectOptions): Description {
-  const type = checkpoint.config.model_type;
-  const known = [...architectures, ...builtIn];
-  const architecture = known.find(({ modelTypes }) => modelTypes.some((name) => name === type));
-  if (architecture) {
-    const description = architecture.describe(checkpoint);
-    checkDescription(checkpoint, description);
-    return description;
-  }
-  if (type === "switchyard") return describeSwitchyard(checkpoint, { routers });
-  const names = [...known.flatMap(({ modelTypes }) => modelTypes), "switchyard"].join(", ");
-  throw new CheckpointError(`model_type is ${JSON.stringify(type ?? null)}; this version knows ${names}`);
 }
 
 /**
@@ -158,7 +136,7 @@ function describe(checkpoint: Checkpoint, { architectures = [], routers = [] }: 
  * @example const { parameters } = inspectCheckpoint(await openCheckpoint("OLMoE-1B-7B-0924"));
  */
 export function inspectCheckpoint(checkpoint: Checkpoint, options: InspectOptions = {}): CheckpointSummary {
-  const description = describe(checkpoint, options);
+  const description = describeCheckpoint(checkpoint, options);
   const { blueprint, sources } = description;
   const parts = new Map(order.map((name) => [name, { parameters: 0, bytes: 0, types: new Set<string>() }]));
   const counted = new Set<string>();

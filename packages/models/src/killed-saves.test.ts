@@ -1,9 +1,10 @@
 // Saves whose process is killed: a layer over the file system stops the program at its n-th operation, for every n, and
 // the folder must then hold the earlier checkpoint or the new one, whole.
-import { mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
+import { cp, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { CheckpointError } from "@switchyard/core";
+import { topK } from "@switchyard/routers/top-k";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { openCheckpoint } from "./checkpoint.ts";
 import { convertCheckpoint } from "./convert.ts";
@@ -11,6 +12,7 @@ import { type FileToSave, fileSource, finishSave, saveFiles } from "./files.ts";
 import { loudModel, makeEngine, plainTopK, smallConfig } from "./models.test-util.ts";
 import { loadModel, saveModel } from "./pretrained.ts";
 import { encodeSafetensors } from "./safetensors.ts";
+import { saveTuned } from "./tuning/save-tuned.ts";
 
 /** `left`: operations until the end; `mode`: the process dies there, or that one operation fails. */
 const fate = vi.hoisted(() => ({
@@ -168,6 +170,49 @@ it("a conversion killed at any operation leaves the earlier checkpoint or the ne
     expect([...kinds]).toEqual([1, 2]);
   } finally {
     await rm(source, { recursive: true });
+  }
+});
+
+it("a tuned checkpoint killed at any operation is the earlier one or the new one", async () => {
+  const source = await mkdtemp(join(tmpdir(), "switchyard-killed-source-"));
+  const on = makeEngine();
+  try {
+    await saveModel(
+      loudModel(on, { ...smallConfig, qkNorm: "projection", headSize: 2, router: topK({ k: 2 }) }),
+      source,
+    );
+    const shards = `${source}-shards`;
+    await convertCheckpoint(source, shards, { shardBytes: 4000 });
+    const norm = on.tensor(
+      Float32Array.from({ length: smallConfig.width }, (_, i) => i),
+      [smallConfig.width],
+    );
+    const bytesOf = async (where: string): Promise<Map<string, Buffer>> => {
+      const checkpoint = await openCheckpoint(where);
+      const found = new Map<string, Buffer>();
+      for (const name of checkpoint.names) found.set(name, Buffer.from(await checkpoint.read(name)));
+      await checkpoint.close();
+      return found;
+    };
+    const before = await bytesOf(shards);
+    const seen = new Set<boolean>();
+    for (let n = 0; ; n += 3) {
+      await rm(folder, { recursive: true, force: true });
+      await cp(shards, folder, { recursive: true });
+      const done = await upTo(n, "kill", () => saveTuned(shards, folder, new Map([["norm", norm]]), { replace: true }));
+      const what = `killed at operation ${n} (${fate.log.slice(0, n + 1).join(" ")})`;
+      const found = await bytesOf(folder);
+      const fresh = found.get("model.norm.weight")?.readFloatLE(4) === 1;
+      seen.add(fresh);
+      for (const [name, bytes] of before) {
+        if (name !== "model.norm.weight") expect(found.get(name)?.equals(bytes), `${name}, ${what}`).toBe(true);
+        else expect(found.get(name)?.equals(bytes), what).toBe(!fresh);
+      }
+      if (done) break;
+    }
+    expect([...seen]).toEqual([false, true]);
+  } finally {
+    for (const one of [source, `${source}-shards`]) await rm(one, { recursive: true, force: true });
   }
 });
 

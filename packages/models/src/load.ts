@@ -4,19 +4,12 @@ import { CheckpointError, dispose, type Engine, type Random, type Tensor, type T
 import { blueprintShapes, buildDecoder } from "./build-decoder.ts";
 import { heldInFloat32, planMemory } from "./memory.ts";
 import type { Checkpoint, LanguageModel, ReadModelOptions } from "./model.ts";
+import { type ReadPart, readParts } from "./read-parts.ts";
 import { quote } from "./safetensors.ts";
-import type { Description, Piece, Source } from "./source.ts";
-import { checkPiece, pieceNames, readSource, upload, widen } from "./stored-matrix.ts";
+import type { Description } from "./source.ts";
+import { formsOf, pieceNames, plainStretches, planUpload, readSource, upload, widen } from "./stored-matrix.ts";
 import { expertStore } from "./streamed-experts.ts";
 import { checkAllUsed } from "./weights.ts";
-
-function* piecesOf(source: Source): Generator<Piece> {
-  if (source.kind === "whole") {
-    yield* source.pieces;
-    return;
-  }
-  for (let e = 0; e < (source.shape[0] ?? 0); e++) yield* source.expert(e);
-}
 
 /**
  * Throws CheckpointError unless every parameter of the model has a source whose tensors are there, of the right shape and a known
@@ -34,10 +27,9 @@ export function checkDescription(checkpoint: Checkpoint, description: Descriptio
   }
   const used = new Set<string>();
   for (const source of sources.values()) {
-    for (const piece of piecesOf(source)) {
-      checkPiece(checkpoint, piece);
+    formsOf(checkpoint, source, (piece) => {
       for (const name of pieceNames(piece, checkpoint)) used.add(name);
-    }
+    });
   }
   checkAllUsed(checkpoint, used, ignores);
 }
@@ -46,14 +38,100 @@ export function checkDescription(checkpoint: Checkpoint, description: Descriptio
 function zeros(engine: Engine): Random {
   const tensor = (shape: readonly number[]): Tensor =>
     engine.tensor(new Float32Array(shape.reduce((n, d) => n * d, 1)), shape);
+  // Routers scale what they draw and hand it to the engine: one array of each size serves all layers.
+  const drawn = new Map<number, Float64Array>();
   const self: Random = {
     at: () => self,
     uniform: tensor,
     normal: tensor,
     exponential: tensor,
-    host: (_, count) => new Float64Array(count),
+    host(_, count) {
+      const numbers = drawn.get(count) ?? new Float64Array(count);
+      drawn.set(count, numbers);
+      return numbers.fill(0);
+    },
   };
   return self;
+}
+
+/** Parameters of which the host holds a copy are read together up to this many bytes; a larger one alone. */
+const together = 2 ** 23;
+
+/**
+ * Reads parameters in their stored type and puts them into `loaded`, by path. Where the host reaches the device's memory they are written
+ * there as they are read; elsewhere the host holds one at a time, or several small ones.
+ */
+async function readResident(
+  checkpoint: Checkpoint,
+  engine: Engine,
+  {
+    sources,
+    weights,
+    skips,
+    loaded,
+  }: {
+    readonly sources: Description["sources"];
+    readonly weights: "stored" | "f32";
+    skips(path: string): boolean;
+    readonly loaded: Map<string, Tree>;
+  },
+): Promise<void> {
+  let parts: ReadPart[] = [];
+  let arrived: (() => void)[] = [];
+  let onHost = 0;
+  const finish = async (): Promise<void> => {
+    const [reading, after] = [parts, arrived];
+    [parts, arrived, onHost] = [[], [], 0];
+    await readParts(checkpoint, reading);
+    for (const one of after) one();
+  };
+  for (const [path, source] of sources) {
+    if (skips(path)) continue;
+    const { shape } = source;
+    const wide = weights === "f32" || heldInFloat32(path, shape);
+    const plain = plainStretches(checkpoint, source);
+    const size = shape.reduce((n, d) => n * d, 1);
+    const bytes = plain?.stretches.reduce((n, one) => n + one.bytes, 0);
+    if (!plain || bytes !== size * (plain.dtype === "f32" ? 4 : 2)) {
+      const host = await readSource(checkpoint, source);
+      const widened = wide || (path === "embed" && host.kind !== "floats");
+      loaded.set(path, widened ? engine.tensor(widen(host), shape) : upload(engine, host));
+      continue;
+    }
+    const { dtype, stretches } = plain;
+    const form = { kind: "floats", dtype, shape } as const;
+    const asStored = dtype === "f32" || (!wide && planUpload(engine, form).form === dtype);
+    const room = asStored ? engine.room?.(shape, dtype) : undefined;
+    let target: () => Uint8Array;
+    let stays = true;
+    if (room) {
+      loaded.set(path, room.tensor);
+      ({ bytes: target, stays } = room);
+    } else {
+      if (onHost > 0 && onHost + bytes > together) await finish();
+      onHost += bytes;
+      const data = dtype === "f32" ? new Float32Array(size) : new Uint16Array(size);
+      const all = new Uint8Array(data.buffer);
+      target = () => all;
+      arrived.push(() => {
+        const host = { ...form, data };
+        loaded.set(path, wide ? engine.tensor(widen(host), shape) : upload(engine, host));
+      });
+    }
+    let begin = 0;
+    for (const { name, from, bytes: length } of stretches) {
+      const start = begin;
+      parts.push({
+        name,
+        from,
+        to: from + length,
+        put: (read, at) => target().set(read, start + at),
+        ...(stays ? { into: () => target().subarray(start, start + length) } : {}),
+      });
+      begin += length;
+    }
+  }
+  await finish();
 }
 
 /**
@@ -74,13 +152,12 @@ export async function loadDescription(
       : undefined;
   const loaded = new Map<string, Tree>();
   try {
-    for (const [path, source] of description.sources) {
-      if (streamed?.serves(path)) continue;
-      const host = await readSource(checkpoint, source);
-      const wide =
-        weights === "f32" || heldInFloat32(path, source.shape) || (path === "embed" && host.kind !== "floats");
-      loaded.set(path, wide ? engine.tensor(widen(host), source.shape) : upload(engine, host));
-    }
+    await readResident(checkpoint, engine, {
+      sources: description.sources,
+      weights,
+      skips: (path) => streamed?.serves(path) ?? false,
+      loaded,
+    });
     const unused = new Set(loaded.keys());
     const model = buildDecoder(engine, description.blueprint, {
       random: zeros(engine),

@@ -1,8 +1,8 @@
 // How much memory a model takes and what of it stays: the plan behind `memory: "3GB"`. Only headers are looked at.
 import { type Engine, UnsupportedError } from "@switchyard/core";
 import type { Blueprint, LayerBlueprint } from "./blueprint.ts";
-import type { CheckpointIndex, Description, Piece, Source } from "./source.ts";
-import { checkPiece, planUpload } from "./stored-matrix.ts";
+import type { CheckpointIndex, Description } from "./source.ts";
+import { formsOf, planUpload, type StoredForm } from "./stored-matrix.ts";
 import { expertsOnTheWay, streamedLayers } from "./streamed-experts.ts";
 
 const units: ReadonlyMap<string, number> = new Map([
@@ -78,14 +78,6 @@ export interface MemoryOptions {
   readonly weights?: "stored" | "f32" | undefined;
 }
 
-function* piecesOf(source: Source): Generator<Piece> {
-  if (source.kind === "whole") {
-    yield* source.pieces;
-    return;
-  }
-  for (let e = 0; e < (source.shape[0] ?? 0); e++) yield* source.expert(e);
-}
-
 const sizeOf = (shape: readonly number[]): number => shape.reduce((n, d) => n * d, 1);
 
 /** Numbers that a cache holds for one position of one layer. */
@@ -146,12 +138,15 @@ export function planMemory(
     if (weights === "f32" || heldInFloat32(path, source.shape)) bytes = 4 * sizeOf(source.shape);
     else {
       const stacked = source.kind === "experts" ? [1] : [];
-      for (const piece of piecesOf(source)) {
-        const form = checkPiece(index, piece);
-        const wide = path === "embed" && form.kind !== "floats";
-        bytes += wide
+      const bytesOf = (form: StoredForm): number =>
+        path === "embed" && form.kind !== "floats"
           ? 4 * sizeOf(form.shape)
           : planUpload(engine, { ...form, shape: [...stacked, ...form.shape] }).bytes;
+      let [last, each]: [readonly StoredForm[] | undefined, number] = [undefined, 0];
+      // Experts of equal forms share one list of them.
+      for (const forms of formsOf(index, source)) {
+        if (forms !== last) [last, each] = [forms, forms.reduce((n, form) => n + bytesOf(form), 0)];
+        bytes += each;
       }
     }
     // A stack is filled expert by expert.

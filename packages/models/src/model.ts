@@ -2,6 +2,7 @@
 import type { Engine, Json, Random, Tensor, Tree } from "@switchyard/core";
 import type { Routed, Router, RoutingOverride } from "@switchyard/core/moe";
 import type { Blueprint } from "./blueprint.ts";
+import type { ReadPart } from "./read-parts.ts";
 import type { ExpertStore, StreamPolicy } from "./streamed-experts.ts";
 
 /** Lazy: nothing is read until asked. `dtype` is the file's own name ("BF16", "F8_E4M3", "I64", ...). */
@@ -14,6 +15,11 @@ export interface Checkpoint {
   read(name: string, range?: readonly [from: number, to: number]): Promise<Uint8Array>;
   /** As many of the tensor's bytes, from byte `from` on, as `target` has, put there: for memory that is used again and again. */
   readInto?(target: Uint8Array, name: string, from: number): Promise<void>;
+  /**
+   * Many parts of tensors in as few reads as there can be. Every read has ended when this settles, also where one failed.
+   * Throws CheckpointError for a name that is not there, and for a part that its tensor has not.
+   */
+  readParts?(parts: readonly ReadPart[]): Promise<void>;
 }
 
 /** Keys and values of earlier positions, and the routers' own caches, for every layer. */
@@ -28,6 +34,10 @@ export interface KvCache {
   reorder(rows: readonly number[]): void;
   /** Forgets the positions from `length` on (rejected drafts). */
   truncate(length: number): void;
+  /** What it holds on the device. */
+  readonly bytes?: number;
+  /** Another one with the first `length` positions. */
+  copy?(length: number): KvCache;
   dispose(): void;
 }
 
@@ -71,6 +81,8 @@ export interface ForwardOptions {
   readonly length?: number;
   /** Per row of the batch. */
   readonly override?: readonly (RoutingOverride | undefined)[];
+  /** How `traced` numbers the rows; default: by the cache's `origins`, or 0, 1, 2, ... */
+  readonly sequences?: readonly number[];
   readonly trace?: RoutingTrace;
   /** Accepts, for this call, a router that looks at later tokens; default: what the model's config says. */
   readonly allowNonCausal?: boolean;

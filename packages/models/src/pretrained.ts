@@ -1,11 +1,11 @@
 // Saving a model as a folder and loading it again: the OLMoE layout where the model has that form, our own where it has
 // not.
-import { CheckpointError, dispose, type Engine, type Json, ShapeError } from "@switchyard/core";
+import { dispose, type Engine, type Json, ShapeError } from "@switchyard/core";
 import type { RouterPlugin } from "@switchyard/core/moe";
-import { architectures } from "./architectures/families.ts";
+import { findArchitecture } from "./architectures/find.ts";
 import { olmoeRefusal, type SpecialIds, writeOlmoe } from "./architectures/olmoe.ts";
-import { switchyard, writeSwitchyard } from "./architectures/switchyard.ts";
-import { type ChatTemplate, readChatTemplate } from "./chat-template.ts";
+import { writeSwitchyard } from "./architectures/switchyard.ts";
+import { type ChatTemplate, namedChatTemplates, readChatTemplate } from "./chat-template.ts";
 import { type OpenCheckpoint, openCheckpoint } from "./checkpoint.ts";
 import { type FileToSave, saveFiles } from "./files.ts";
 import type { Architecture, LanguageModel, ReadModelOptions } from "./model.ts";
@@ -89,6 +89,8 @@ export interface LoadOptions extends ReadModelOptions {
   readonly otherOptions?: boolean;
   /** Architectures beside the built-in ones, asked first. */
   readonly architectures?: readonly Architecture[];
+  /** Named chat templates that lie in a folder beside the checkpoint's files; `loadModel` reads them itself. See `namedChatTemplates`. */
+  readonly chatTemplates?: Readonly<Record<string, string>>;
 }
 
 export interface OpenOptions extends LoadOptions {
@@ -115,7 +117,8 @@ export async function loadModel(folder: string, options: OpenOptions): Promise<L
   const { followLinks = false, ...rest } = options;
   const checkpoint = await openCheckpoint(folder, { followLinks });
   try {
-    const loaded = await readModel(checkpoint, rest, folder);
+    const chatTemplates = rest.chatTemplates ?? (await namedChatTemplates(folder, { followLinks }));
+    const loaded = await readModel(checkpoint, { ...rest, chatTemplates }, folder);
     // What is in memory needs its files no longer.
     if (!loaded.model.streamed) await checkpoint.close();
     return loaded;
@@ -134,15 +137,9 @@ export async function readModel(
   options: LoadOptions,
   where = "the checkpoint",
 ): Promise<LoadedModel> {
-  const { engine, routers = [], otherOptions = false, architectures: more = [], ...how } = options;
-  const known = [...more, ...architectures, switchyard({ routers, otherOptions })];
-  const type = checkpoint.config.model_type;
-  const architecture = known.find(({ modelTypes }) => modelTypes.some((name) => name === type));
-  if (!architecture) {
-    const names = known.flatMap(({ modelTypes }) => modelTypes).join(", ");
-    throw new CheckpointError(`${where}: model_type is ${JSON.stringify(type ?? null)}; this version loads ${names}`);
-  }
-  const files = await readTextFiles(checkpoint);
+  const { engine, routers = [], otherOptions = false, architectures = [], chatTemplates, ...how } = options;
+  const architecture = findArchitecture(checkpoint, { routers, otherOptions, architectures }, where);
+  const files = await readTextFiles(checkpoint, chatTemplates);
   const model = await architecture.read(checkpoint, engine, how);
   return {
     model,
@@ -155,6 +152,9 @@ export async function readModel(
   };
 }
 
-async function readTextFiles(checkpoint: OpenCheckpoint): Promise<FoundTokenizer & Pick<LoadedModel, "chatTemplate">> {
-  return { ...(await readTokenizer(checkpoint)), chatTemplate: await readChatTemplate(checkpoint) };
+async function readTextFiles(
+  checkpoint: OpenCheckpoint,
+  chatTemplates: LoadOptions["chatTemplates"],
+): Promise<FoundTokenizer & Pick<LoadedModel, "chatTemplate">> {
+  return { ...(await readTokenizer(checkpoint)), chatTemplate: await readChatTemplate(checkpoint, chatTemplates) };
 }

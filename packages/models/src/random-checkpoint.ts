@@ -5,7 +5,7 @@ import { ConfigReader } from "./config-reader.ts";
 import { fromFloat32 } from "./narrow.ts";
 import { maximumTensors, quote, type TensorSource } from "./safetensors.ts";
 import { type SaveCheckpointOptions, type SavedCheckpoint, saveCheckpoint } from "./save-checkpoint.ts";
-import type { CheckpointIndex, Description, Piece, Source } from "./source.ts";
+import { type CheckpointIndex, type Description, piecesOf } from "./source.ts";
 import { quantizationOf } from "./stored/quantization-config.ts";
 
 export interface RandomCheckpointOptions extends SaveCheckpointOptions {
@@ -173,11 +173,6 @@ interface Whole {
   readonly stacked: boolean;
   readonly path: string;
 }
-
-const piecesOf = (source: Source): Piece[] =>
-  source.kind === "whole"
-    ? [...source.pieces]
-    : Array.from({ length: source.shape[0] ?? 0 }, (_, e) => source.expert(e)).flat();
 
 /** The stored tensors a description calls for, in its order. Throws CheckpointError where two pieces disagree about one. */
 function storedTensors({ sources }: Description): Whole[] {

@@ -12,6 +12,14 @@ export interface ByteSource {
   read(from: number, to: number): Promise<Uint8Array>;
   /** The same for as many bytes as `target` has, put there: for memory that is used again and again. */
   readInto?(target: Uint8Array, from: number): Promise<void>;
+  /**
+   * `readInto` in two steps, where the source can change while it is open: `fill` reads without looking whether it did, and `unchanged`
+   * throws CheckpointError where it did. Many reads need one look, at their end.
+   */
+  readonly unwatched?: {
+    fill(target: Uint8Array, from: number): Promise<void>;
+    unchanged(): Promise<void>;
+  };
   close?(): Promise<void>;
 }
 
@@ -93,6 +101,25 @@ export function storedBytes({ dtype, shape }: Pick<StoredTensor, "dtype" | "shap
   return bits === undefined ? undefined : bytesNeeded(bits, shape);
 }
 
+/** What an error is about: put into words only when there is one. */
+type What = () => string;
+const [quoteMark, backslash, comma, bracket] = [0x22, 0x5c, 0x2c, 0x5d];
+
+/** A set of a few texts: most objects of a header are a tensor's, of three keys. */
+class Few {
+  readonly #keys: string[] = [];
+  get size(): number {
+    return this.#keys.length;
+  }
+  has(key: string): boolean {
+    return this.#keys.includes(key);
+  }
+  add(key: string): void {
+    this.#keys.push(key);
+  }
+}
+const fewKeys = 8;
+
 /**
  * The part of JSON a header may use. Written by hand because JSON.parse keeps the last of two equal keys without a
  * word.
@@ -113,8 +140,8 @@ class HeaderParser {
 
   #peek(): string {
     for (;;) {
-      const c = this.#text[this.#at];
-      if (c !== " " && c !== "\n" && c !== "\r" && c !== "\t") return c ?? "";
+      const c = this.#text.charCodeAt(this.#at);
+      if (c !== 0x20 && c !== 0x0a && c !== 0x0d && c !== 0x09) return this.#text[this.#at] ?? "";
       this.#at++;
     }
   }
@@ -138,11 +165,14 @@ class HeaderParser {
   string(what = "a text of the header", limit = maximumHeader): string {
     this.#expect('"');
     const start = this.#at - 1;
+    // Without escapes and control characters a text stands for itself.
+    let plain = true;
     for (;;) {
-      const c = this.#text[this.#at++];
-      if (c === undefined) this.fail("the header is not valid: a string has no end");
-      if (c === "\\") this.#at++;
-      else if (c === '"') break;
+      const c = this.#text.charCodeAt(this.#at++);
+      if (Number.isNaN(c)) this.fail("the header is not valid: a string has no end");
+      if (c === quoteMark) break;
+      if (c === backslash) this.#at++;
+      if (c === backslash || c < 0x20) plain = false;
     }
     const length = this.#at - start - 2;
     if (length > limit) {
@@ -150,6 +180,7 @@ class HeaderParser {
         `${what} has ${length} characters; at most ${limit} are allowed: ${quote(this.#text.slice(start + 1))}`,
       );
     }
+    if (plain) return this.#text.slice(start + 1, this.#at - 1);
     try {
       return JSON.parse(this.#text.slice(start, this.#at)) as string;
     } catch (cause) {
@@ -158,8 +189,9 @@ class HeaderParser {
   }
 
   /** Calls `entry` once per key, after the colon; refuses equal keys and more than `limit`. */
-  object(what: string, limit: number, entry: (key: string) => void): void {
-    const seen = new Set<string>();
+  object(what: What, limit: number, entry: (key: string) => void): void {
+    const seen: { readonly size: number; has(key: string): boolean; add(key: string): void } =
+      limit <= fewKeys ? new Few() : new Set<string>();
     this.#expect("{");
     if (this.#peek() === "}") {
       this.#at++;
@@ -167,8 +199,8 @@ class HeaderParser {
     }
     for (;;) {
       const key = this.string("a name in the header", maximumName);
-      if (seen.has(key)) this.fail(`${what} has the key ${quote(key)} twice`);
-      if (seen.size === limit) this.fail(`${what} lists more than ${limit} entries`);
+      if (seen.has(key)) this.fail(`${what()} has the key ${quote(key)} twice`);
+      if (seen.size === limit) this.fail(`${what()} lists more than ${limit} entries`);
       seen.add(key);
       this.#expect(":");
       entry(key);
@@ -178,7 +210,7 @@ class HeaderParser {
     this.#at++;
   }
 
-  integers(what: string, limit: number): number[] {
+  integers(what: What, limit: number): number[] {
     const result: number[] = [];
     this.#expect("[");
     if (this.#peek() === "]") {
@@ -186,7 +218,7 @@ class HeaderParser {
       return result;
     }
     for (;;) {
-      if (result.length === limit) this.fail(`${what} has more than ${limit} entries`);
+      if (result.length === limit) this.fail(`${what()} has more than ${limit} entries`);
       result.push(this.#integer(what));
       if (this.#peek() === "]") break;
       this.#expect(",");
@@ -195,18 +227,32 @@ class HeaderParser {
     return result;
   }
 
-  #integer(what: string): number {
+  #integer(what: What): number {
     const next = this.#peek();
     if (next === "{" || next === "[") this.#tooDeep();
+    const start = this.#at;
+    // The usual case: up to 15 digits, the first of which is no 0 unless it is alone.
+    let [value, c] = [0, this.#text.charCodeAt(start)];
+    const zero = c === 0x30;
+    for (; c >= 0x30 && c <= 0x39 && this.#at - start < 15; c = this.#text.charCodeAt(++this.#at)) {
+      value = 10 * value + (c - 0x30);
+    }
+    const length = this.#at - start;
+    if (length > 0 && (length === 1 || !zero) && (c === comma || c === bracket)) return value;
+    this.#at = start;
+    return this.#unusualInteger(what);
+  }
+
+  #unusualInteger(what: What): number {
     const start = this.#at;
     while (this.#at - start <= maximumDigits && /[-+.\w]/.test(this.#text[this.#at] ?? "")) this.#at++;
     const digits = this.#text.slice(start, this.#at);
     if (!/^(0|[1-9]\d*)$/.test(digits)) {
-      this.fail(`${what} must hold whole numbers from 0 up, found ${quote(digits)}`);
+      this.fail(`${what()} must hold whole numbers from 0 up, found ${quote(digits)}`);
     }
     const value = Number(digits);
     if (digits.length > maximumDigits || !Number.isSafeInteger(value))
-      this.fail(`${what} holds ${quote(digits)}, which is beyond 2^53`);
+      this.fail(`${what()} holds ${quote(digits)}, which is beyond 2^53`);
     return value;
   }
 
@@ -215,54 +261,64 @@ class HeaderParser {
   }
 }
 
-const forbidden = (name: string): boolean => name.split(".").includes("__proto__");
+const forbidden = (name: string): boolean => name.includes("__proto__") && name.split(".").includes("__proto__");
 
 function parseHeader(text: string, where: string, dataSize: number, dataStart: number): Safetensors {
   const parser: HeaderParser = new HeaderParser(text, where);
   const metadata = new Map<string, string>();
   const tensors = new Map<string, StoredTensor>();
   // One more than the tensors: the metadata is an entry too.
-  parser.object("the header", maximumTensors + 1, (name) => {
-    if (name === "__metadata__") {
-      parser.object("__metadata__", maximumMetadata, (key) => {
-        if (forbidden(key)) parser.fail(`__metadata__ has the key ${quote(key)}, which is not allowed`);
-        metadata.set(key, parser.string());
+  parser.object(
+    () => "the header",
+    maximumTensors + 1,
+    (name) => {
+      if (name === "__metadata__") {
+        parser.object(
+          () => "__metadata__",
+          maximumMetadata,
+          (key) => {
+            if (forbidden(key)) parser.fail(`__metadata__ has the key ${quote(key)}, which is not allowed`);
+            metadata.set(key, parser.string());
+          },
+        );
+        return;
+      }
+      if (forbidden(name)) parser.fail(`the tensor name ${quote(name)} is not allowed`);
+      if (tensors.size === maximumTensors) parser.fail(`the header lists more than ${maximumTensors} tensors`);
+      const what = (): string => `tensor ${quote(name)}`;
+      let dtype: string | undefined;
+      let shape: number[] | undefined;
+      let offsets: number[] | undefined;
+      parser.object(what, 4, (key) => {
+        if (key === "dtype") dtype = parser.string();
+        else if (key === "shape") shape = parser.integers(() => `the shape of ${what()}`, maximumRank);
+        else if (key === "data_offsets") offsets = parser.integers(() => `data_offsets of ${what()}`, 2);
+        else parser.fail(`${what()} has the unknown key ${quote(key)}`);
       });
-      return;
-    }
-    if (forbidden(name)) parser.fail(`the tensor name ${quote(name)} is not allowed`);
-    if (tensors.size === maximumTensors) parser.fail(`the header lists more than ${maximumTensors} tensors`);
-    const what = `tensor ${quote(name)}`;
-    let dtype: string | undefined;
-    let shape: number[] | undefined;
-    let offsets: number[] | undefined;
-    parser.object(what, 4, (key) => {
-      if (key === "dtype") dtype = parser.string();
-      else if (key === "shape") shape = parser.integers(`the shape of ${what}`, maximumRank);
-      else if (key === "data_offsets") offsets = parser.integers(`data_offsets of ${what}`, 2);
-      else parser.fail(`${what} has the unknown key ${quote(key)}`);
-    });
-    const [from, to] = offsets ?? [];
-    if (dtype === undefined || shape === undefined || from === undefined || to === undefined) {
-      parser.fail(`${what} lacks dtype, shape or its two data_offsets`);
-    }
-    const bits = bitsOf.get(dtype);
-    if (bits === undefined) {
-      parser.fail(`${what} has the unknown dtype ${quote(dtype)}; known are ${[...bitsOf.keys()].join(", ")}`);
-    }
-    const needed = bytesNeeded(bits, shape);
-    if (needed === undefined) {
-      parser.fail(`${what}: ${dtype} [${shape}] is no whole number of bytes below 2^53`);
-    }
-    if (to < from) parser.fail(`${what} ends at byte ${to}, before its start ${from}`);
-    if (to > dataSize) {
-      parser.fail(`${what} ends at byte ${to} of the data, but the file holds ${dataSize}: it is cut short or damaged`);
-    }
-    if (to - from !== needed) {
-      parser.fail(`${what}: ${dtype} [${shape}] needs ${needed} bytes, but its data_offsets span ${to - from}`);
-    }
-    tensors.set(name, { dtype, shape, from: dataStart + from, to: dataStart + to });
-  });
+      const [from, to] = offsets ?? [];
+      if (dtype === undefined || shape === undefined || from === undefined || to === undefined) {
+        parser.fail(`${what()} lacks dtype, shape or its two data_offsets`);
+      }
+      const bits = bitsOf.get(dtype);
+      if (bits === undefined) {
+        parser.fail(`${what()} has the unknown dtype ${quote(dtype)}; known are ${[...bitsOf.keys()].join(", ")}`);
+      }
+      const needed = bytesNeeded(bits, shape);
+      if (needed === undefined) {
+        parser.fail(`${what()}: ${dtype} [${shape}] is no whole number of bytes below 2^53`);
+      }
+      if (to < from) parser.fail(`${what()} ends at byte ${to}, before its start ${from}`);
+      if (to > dataSize) {
+        parser.fail(
+          `${what()} ends at byte ${to} of the data, but the file holds ${dataSize}: it is cut short or damaged`,
+        );
+      }
+      if (to - from !== needed) {
+        parser.fail(`${what()}: ${dtype} [${shape}] needs ${needed} bytes, but its data_offsets span ${to - from}`);
+      }
+      tensors.set(name, { dtype, shape, from: dataStart + from, to: dataStart + to });
+    },
+  );
   parser.end();
 
   // Every byte belongs to exactly one tensor: nothing hides between them and no two share storage.

@@ -34,6 +34,16 @@ export type Source =
       expert(e: number): readonly Piece[];
     };
 
+/** All pieces of a source, expert by expert. */
+export function* piecesOf(source: Source): Generator<Piece> {
+  if (source.kind === "whole") yield* source.pieces;
+  else for (let e = 0; e < (source.shape[0] ?? 0); e++) yield* source.expert(e);
+}
+
+/** The pieces of a whole parameter, or of expert `e` of a stack. */
+export const piecesAt = (source: Source, e: number): readonly Piece[] =>
+  source.kind === "whole" ? source.pieces : source.expert(e);
+
 /** A checkpoint understood: the model it holds, and where each of its parameters lies. */
 export interface Description {
   readonly blueprint: Blueprint;
@@ -41,6 +51,8 @@ export interface Description {
   readonly sources: ReadonlyMap<string, Source>;
   /** Tensors that may be there and mean nothing. */
   ignores?(name: string): boolean;
+  /** Of those, tensors that repeat a parameter for programs that read them: their names, and the parameter's path. */
+  readonly copies?: ReadonlyMap<string, string>;
 }
 
 /** The part of a checkpoint that can be understood without reading weights. */

@@ -16,7 +16,7 @@ import { type ExpertLoad, expertCache, expertPredictor, lfu, lru } from "./exper
 import { expertSet } from "./feed-forward.ts";
 import type { Checkpoint } from "./model.ts";
 import type { CheckpointIndex, Description } from "./source.ts";
-import { checkPiece, nodeKey, planUpload, upload, widen } from "./stored-matrix.ts";
+import { formsOf, nodeKey, planUpload, type StoredForm, upload, widen } from "./stored-matrix.ts";
 
 /** How the experts to keep are chosen; "prefetch" is LRU that also loads what the next layer will probably want. */
 export type StreamPolicy = "lru" | "lfu" | "prefetch";
@@ -79,12 +79,44 @@ export interface StreamedLayer {
   readonly floats: number;
 }
 
+/** Bytes of an expert's part: as it is kept, and on the device. */
+interface PartSize {
+  readonly held: number;
+  readonly onDevice: number;
+  /** How it is stored. */
+  readonly form: string;
+}
+
+function partSize(engine: Engine, forms: readonly StoredForm[]): PartSize {
+  // Pieces of different types are widened when they are put together.
+  const mixed = new Set(forms.map((form) => (form.kind === "floats" ? form.dtype : form.format))).size > 1;
+  let [held, onDevice] = [0, 0];
+  for (const form of forms) {
+    const plan = planUpload(engine, { ...form, shape: [1, ...form.shape] });
+    const wide = 4 * form.shape.reduce((n, d) => n * d, 1);
+    held += mixed ? wide : (plan.widened?.bytes ?? plan.bytes);
+    onDevice += mixed ? wide : plan.bytes;
+  }
+  return { held, onDevice, form: [...new Set(forms.map(nodeKey))].join() };
+}
+
+/** What was found for a description: a plan of memory asks, and then the store that carries it out. */
+const found = new WeakMap<Description, { engine: Engine; index: CheckpointIndex; layers: readonly StreamedLayer[] }>();
+
 /** The layers whose experts lie one by one in the checkpoint, with their sizes; only headers are looked at. */
 export function streamedLayers(
   engine: Engine,
   index: CheckpointIndex,
-  { blueprint, sources }: Description,
-): StreamedLayer[] {
+  description: Description,
+): readonly StreamedLayer[] {
+  const before = found.get(description);
+  if (before?.engine === engine && before.index === index) return before.layers;
+  const layers = findLayers(engine, index, description);
+  found.set(description, { engine, index, layers });
+  return layers;
+}
+
+function findLayers(engine: Engine, index: CheckpointIndex, { blueprint, sources }: Description): StreamedLayer[] {
   return blueprint.layers.flatMap(({ feedForward }, layer): StreamedLayer[] => {
     if (feedForward.kind !== "moe") return [];
     const names = ["gateUp", "down", ...(feedForward.bias ? ["gateUpBias", "downBias"] : [])];
@@ -99,17 +131,13 @@ export function streamedLayers(
     const onDevice = new Float64Array(feedForward.experts);
     for (const [name, source] of own) {
       const forms = new Set<string>();
-      for (let e = 0; e < feedForward.experts; e++) {
-        const pieces = source.expert(e).map((piece) => checkPiece(index, piece));
-        forms.add([...new Set(pieces.map(nodeKey))].join());
-        // Pieces of different types are widened when they are put together.
-        const mixed = new Set(pieces.map((piece) => (piece.kind === "floats" ? piece.dtype : piece.format))).size > 1;
-        for (const piece of pieces) {
-          const plan = planUpload(engine, { ...piece, shape: [1, ...piece.shape] });
-          const wide = 4 * piece.shape.reduce((n, d) => n * d, 1);
-          held[e] = (held[e] ?? 0) + (mixed ? wide : (plan.widened?.bytes ?? plan.bytes));
-          onDevice[e] = (onDevice[e] ?? 0) + (mixed ? wide : plan.bytes);
-        }
+      let [last, size]: [readonly StoredForm[] | undefined, PartSize | undefined] = [undefined, undefined];
+      // Experts of equal forms share one list of them.
+      for (const [e, own] of formsOf(index, source).entries()) {
+        if (!size || own !== last) [last, size] = [own, partSize(engine, own)];
+        forms.add(size.form);
+        held[e] = (held[e] ?? 0) + size.held;
+        onDevice[e] = (onDevice[e] ?? 0) + size.onDevice;
       }
       if (forms.size > 1) uneven.add(name);
     }

@@ -2,7 +2,7 @@
 import { crossEntropy, mul, type Random, reshape, ShapeError, sum } from "@switchyard/core";
 import type { Pass } from "@switchyard/core/moe";
 import type { Task } from "@switchyard/core/train";
-import type { Transformer } from "./transformer.ts";
+import type { LanguageModel } from "./model.ts";
 
 /** Sequences on the host, row-major [batch, sequence]. */
 export interface TextBatch {
@@ -20,12 +20,12 @@ export interface TextBatch {
  * The loss is the mean over the labelled positions, in nats. `batch(index)` must give the same batch for the same
  * index.
  */
-export function languageModelTask(model: Transformer, data: { batch(index: number): TextBatch }): Task<TextBatch> {
-  const { engine, config } = model;
+export function languageModelTask(model: LanguageModel, data: { batch(index: number): TextBatch }): Task<TextBatch> {
+  const { engine, vocabulary } = model;
   return {
     params: model.params,
     routers: model.routers,
-    batch: (index) => checked(data.batch(index), `batch ${index}`, config.vocabulary),
+    batch: (index) => checked(data.batch(index), `batch ${index}`, vocabulary),
     forward(params, buffers, batch, info): Pass {
       const { shape, ids, labels, mask } = batch;
       const tokens = shape[0] * shape[1];
@@ -35,7 +35,7 @@ export function languageModelTask(model: Transformer, data: { batch(index: numbe
         buffers,
         ...(mask ? { mask: engine.tensor(mask, shape) } : {}),
       });
-      const { losses } = crossEntropy(reshape(logits, [tokens, config.vocabulary]), engine.tensor(labels, [tokens]));
+      const { losses } = crossEntropy(reshape(logits, [tokens, vocabulary]), engine.tensor(labels, [tokens]));
       return { loss: mul(sum(losses), 1 / Math.max(labelled(batch), 1)), logits, layers: routed };
     },
     info: (batch) => ({

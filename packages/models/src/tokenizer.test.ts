@@ -250,6 +250,25 @@ describe("tokenizer", () => {
     expect(normalised.decode(normalised.encode("BANANA"))).toBe("banana");
   });
 
+  it("cuts off a file's regular expression that tries all ways of matching", () => {
+    const hostile = (pattern: string) =>
+      tokenizer({
+        ...files,
+        tokenizer: {
+          ...files.tokenizer,
+          pre_tokenizer: { type: "Split", pattern: { Regex: pattern }, behavior: "Isolated", invert: false },
+        },
+      });
+    const ours = hostile("(?:a+)+$");
+    expect(() => ours.encode(`${"a".repeat(60)}!`)).toThrow(
+      /its regular expressions take more than 2\.0 s for a text of length 61: .*do not use this file/,
+    );
+    // Other texts of it, and other files, work.
+    expect(ours.decode(ours.encode("aaa"))).toBe("aaa");
+    const harmless = hostile("an|b");
+    expect(harmless.decode(harmless.encode("banana"))).toBe("banana");
+  }, 20_000);
+
   it("refuses what is no tokenizer", () => {
     expect(() => tokenizer({ tokenizer: {}, config: {} })).toThrow(/tokenizer.json: /);
     const broken = { ...files.tokenizer, added_tokens: [{ content: "x" }] };

@@ -3,6 +3,7 @@
 import { Tokenizer as LibraryTokenizer } from "@huggingface/tokenizers";
 import type { Json } from "@switchyard/core";
 import { CheckpointError, ShapeError } from "@switchyard/core";
+import { withinTime } from "./bounded-time.ts";
 import { characters, pieces, wordPattern } from "./byte-level.ts";
 import { isRecord, type OpenCheckpoint } from "./checkpoint.ts";
 import { Heap } from "./heap.ts";
@@ -96,6 +97,27 @@ function withMetaspaceWords(words: Json | undefined): Json | undefined {
 }
 
 const escaped = (text: string): string => text.replace(/[\\^$.*+?()[\]{}|/-]/g, "\\$&");
+
+/** Whether a file holds a regular expression of its own, which may take any time. */
+function hasPattern(part: Json | undefined): boolean {
+  if (Array.isArray(part)) return part.some(hasPattern);
+  return isRecord(part) && ("Regex" in part || Object.values(part).some(hasPattern));
+}
+
+/** A text takes some microseconds per character; slow machines, and the first time of all, are allowed for. */
+const timeFor = (size: number): number => Math.ceil(2000 + 0.05 * size);
+
+/** Runs what may run a file's regular expressions. Throws CheckpointError where that does not come to its end. */
+function bounded<T>(size: number, act: () => T): T {
+  const most = timeFor(size);
+  return withinTime(most, act, () => {
+    const time = `${(most / 1000).toFixed(1)} s`;
+    return new CheckpointError(
+      `tokenizer.json: its regular expressions take more than ${time} for a text of length ${size}: they try all ways of matching; ` +
+        "do not use this file",
+    );
+  });
+}
 
 /** Classes of Transformers whose switches `add_bos_token` and `add_eos_token` replace the post-processor of the file. */
 const switched = /^(Llama|CodeLlama|Gemma|Cohere)Tokenizer(Fast)?$/;
@@ -245,7 +267,8 @@ function splitter(added: readonly AddedToken[]): (text: string) => (string | Add
 }
 
 /**
- * A tokenizer from the content of tokenizer.json and tokenizer_config.json.
+ * A tokenizer from the content of tokenizer.json and tokenizer_config.json. Encoding and decoding throw CheckpointError where regular
+ * expressions of the file do not come to an end (in Node; a browser has no such bound).
  * Throws CheckpointError where the files do not describe a tokenizer.
  *
  * @example const { encode, decode } = tokenizer(await trainTokenizer([text], { vocabulary: 2048 }));
@@ -272,8 +295,13 @@ export function tokenizer(files: TokenizerFiles): Tokenizer {
   const { model } = files.tokenizer;
   const unigramBytes = isRecord(model) && model.type === "Unigram" && model.byte_fallback === true;
 
+  const { normalizer, pre_tokenizer: words } = files.tokenizer;
+  const guarded: typeof bounded = [normalizer, words, files.tokenizer.decoder].some(hasPattern)
+    ? bounded
+    : (_, act) => act();
+
   const encodeWithLibrary = (text: string): Int32Array => {
-    const { ids, tokens } = library.encode(text, { add_special_tokens: false });
+    const { ids, tokens } = guarded(text.length, () => library.encode(text, { add_special_tokens: false }));
     if (!unigramBytes) return Int32Array.from(ids);
     // The library gives an unknown piece as it stands in the text; its bytes are tokens.
     return Int32Array.from(
@@ -319,7 +347,7 @@ export function tokenizer(files: TokenizerFiles): Tokenizer {
     const list = skipSpecial ? check(ids).filter((id) => !isSpecial(id)) : check(ids);
     if (list.length === 0) return "";
     if (decoder?.decode) return decoder.decode(list.map((id) => library.id_to_token(id) as string));
-    return library.decode(list, { clean_up_tokenization_spaces: false });
+    return guarded(list.length, () => library.decode(list, { clean_up_tokenization_spaces: false }));
   };
 
   return {

@@ -444,6 +444,44 @@ describe("refusals", () => {
     expect(() => run([[1]], { cache: foreign })).toThrow(/another kind of model/);
   });
 
+  it("overrides of routers in attention, of which there are none", async () => {
+    const model = loudModel(on, smallConfig);
+    const override = [{ k: 1, parts: ["attention"] as const }];
+    await expect(model.step(idsOf(on, [[1]]), { override })).rejects.toThrow(
+      /names the routers of attention, of which this model has none; leave parts out/,
+    );
+  });
+
+  it("caches of other models, and disposed ones", async () => {
+    const model = loudModel(on, smallConfig);
+    const ids = idsOf(on, [[1, 2]]);
+    const filled = async (change: Partial<TransformerConfig>) => {
+      const other = loudModel(on, { ...smallConfig, ...change });
+      const cache = other.newCache(1);
+      (await other.step(ids, { cache })).dispose();
+      return cache;
+    };
+    const deep = await filled({ layers: 3 });
+    await expect(model.step(ids, { cache: deep })).rejects.toThrow(/of a model with 3 layers, this one has 2/);
+    const wide = await filled({ headSize: 4 });
+    await expect(model.step(ids, { cache: wide })).rejects.toThrow(
+      /its keys of layer 0 have 2 heads of 4, those of this model 2 of 6: another model filled it/,
+    );
+    const many = await filled({ kvHeads: 4 });
+    expect(() => model.forward(model.params, ids, { cache: many })).toThrow(/have 4 heads of 6, those of this model 2/);
+    // What was refused is as it was.
+    expect([deep.length, wide.length, many.length]).toEqual([2, 2, 2]);
+    const own = await filled({});
+    expect((await model.step(ids, { cache: own })).shape).toEqual([1, 13]);
+    own.dispose();
+    own.dispose();
+    await expect(model.step(ids, { cache: own })).rejects.toThrow(
+      /it was disposed; make another one with model\.newCache/,
+    );
+    expect(() => own.truncate(0)).toThrow(/disposed/);
+    for (const cache of [deep, wide, many]) cache.dispose();
+  });
+
   it("a step without tokens", async () => {
     const model = loudModel(on, smallConfig);
     const empty = on.tensor(new Int32Array(0), [1, 0]);

@@ -29,10 +29,7 @@ export type { RouterCard } from "@switchyard/core/moe";
 /** `weight [experts, width]`, N(0, deviation²); 0.02 is where Mixtral, OLMoE and Qwen start. */
 export function normalWeight({ engine, experts, width, random }: RouterContext, deviation = 0.02): Tensor {
   const draws = random.at("weight").host("normal", experts * width);
-  return engine.tensor(
-    draws.map((z) => z * deviation),
-    [experts, width],
-  );
+  return engine.tensor(scaled(draws, deviation), [experts, width]);
 }
 
 /** A parameter of any shape, N(0, deviation²), drawn under its name. */
@@ -46,10 +43,13 @@ export function normalTensor(
     "normal",
     shape.reduce((n, d) => n * d, 1),
   );
-  return engine.tensor(
-    draws.map((z) => z * deviation),
-    shape,
-  );
+  return engine.tensor(scaled(draws, deviation), shape);
+}
+
+/** The numbers times a factor, in their place: they were drawn for this, and a model has hundreds of millions. */
+function scaled(draws: Float64Array, factor: number): Float64Array {
+  for (let i = 0; i < draws.length; i++) draws[i] = (draws[i] as number) * factor;
+  return draws;
 }
 
 /**

@@ -1,7 +1,8 @@
 // From a request to its answers, in the shapes of OpenAI's API: one object, or a stream of chunks. The answers of one request are made
 // one after the other, so that a request for many takes no more turns than one for a single answer.
 import { randomUUID } from "node:crypto";
-import { type Ending, type GeneratedToken, generate, type Tokenizer } from "@switchyard/models";
+import { ShapeError } from "@switchyard/core";
+import { type Ending, type GeneratedToken, generate, type PrefixCache, type Tokenizer } from "@switchyard/models";
 import type { Metrics } from "./metrics.ts";
 import { type ChosenExperts, type ExpertLoad, observed } from "./observed.ts";
 import type { Asked, Served } from "./request.ts";
@@ -11,6 +12,8 @@ export interface Running extends Served {
   readonly passes: Turns;
   readonly metrics: Metrics;
   readonly load: ExpertLoad;
+  /** What earlier answers left behind; absent: every prompt is run from its start. */
+  readonly prefix?: PrefixCache;
 }
 
 /** A request on its way. */
@@ -18,6 +21,8 @@ export interface Course {
   readonly signal: AbortSignal;
   /** Is told of every token. */
   readonly token: () => void;
+  /** Is told how many tokens of a prompt need not be run. */
+  readonly reused: (tokens: number) => void;
 }
 
 /** A token of an answer. */
@@ -41,17 +46,23 @@ async function* made(
   asked: Asked,
   running: Running,
   { prompt, seed }: { readonly prompt: readonly number[]; readonly seed: number },
-  { signal, token: noted }: Course,
+  { signal, token: noted, reused }: Course,
 ): AsyncGenerator<Made, "stop" | "length", undefined> {
-  const { open, tokenizer, passes, metrics, load } = running;
+  const { open, tokenizer, passes, metrics, load, prefix } = running;
+  let begun = false;
   const { model, routingAt } = observed(open.model, {
     ...{ passes, signal, load, keep: asked.routing },
-    passed: (pass) => metrics.pass(pass),
+    passed: (pass) => {
+      metrics.pass(pass);
+      if (!begun) reused(pass.past);
+      begun = true;
+    },
   });
   metrics.prompt(prompt.length);
   const { strategy, maxNew, stop, logprobs = 0 } = asked;
   const tokens = generate(model, {
     ...{ prompt, tokenizer, strategy, maxNew, stop, seed, signal, prefillChunk },
+    ...(prefix ? { prefix } : {}),
     topLogProbabilities: Math.min(logprobs, model.vocabulary),
   });
   try {
@@ -67,11 +78,35 @@ async function* made(
   }
 }
 
-/** Text of a token alone, and its bytes; none where it is a part of a character. */
-function tokenText(tokenizer: Tokenizer, id: number): { readonly token: string; readonly bytes: number[] | null } {
+/** Bytes of a token inside a text. */
+function bytesOf(tokenizer: Tokenizer, id: number): Uint8Array {
   // Models may have more ids than their tokenizer.
-  const token = id < tokenizer.vocabulary ? tokenizer.decode([id]) : "";
-  return { token, bytes: token.includes("\uFFFD") ? null : Array.from(new TextEncoder().encode(token)) };
+  if (id >= tokenizer.vocabulary) return new Uint8Array();
+  try {
+    return tokenizer.bytes([id]);
+  } catch (error) {
+    // Tokens of some tokenizers are words.
+    if (!ShapeError.isInstance(error)) throw error;
+    return new TextEncoder().encode(tokenizer.decode([id]));
+  }
+}
+
+/** A token alone, as OpenAI writes it: what is a part of a character only by its bytes, so that no two are the same. */
+function tokenText(tokenizer: Tokenizer, id: number): { readonly token: string; readonly bytes: readonly number[] } {
+  const bytes = Array.from(bytesOf(tokenizer, id));
+  try {
+    const whole = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+    return { token: whole.decode(Uint8Array.from(bytes)), bytes };
+  } catch (error) {
+    if (!(error instanceof TypeError)) throw error;
+    return { token: bytes.map((byte) => `\\x${byte.toString(16).padStart(2, "0")}`).join(""), bytes };
+  }
+}
+
+/** The same as completions name it. */
+function tokenName(tokenizer: Tokenizer, id: number): string {
+  const { token, bytes } = tokenText(tokenizer, id);
+  return token.startsWith("\\x") && bytes[0] !== 0x5c ? `bytes:${token}` : token;
 }
 
 interface Probabilities {
@@ -97,10 +132,11 @@ function probabilities(asked: Asked, tokenizer: Tokenizer, list: readonly Made[]
   }
   return {
     logprobs: {
-      tokens: list.map(({ token }) => tokenText(tokenizer, token.id).token),
+      tokens: list.map(({ token }) => tokenName(tokenizer, token.id)),
       token_logprobs: list.map(({ token }) => token.logProbability),
       top_logprobs: list.map(({ token: { top = [] } }) =>
-        Object.fromEntries(top.map((one) => [tokenText(tokenizer, one.id).token, one.logProbability])),
+        // Of several without text of their own, the likeliest.
+        Object.fromEntries(top.toReversed().map((one) => [tokenName(tokenizer, one.id), one.logProbability])),
       ),
       text_offset: offsets,
     },
@@ -117,17 +153,34 @@ interface Usage {
   readonly prompt_tokens: number;
   readonly completion_tokens: number;
   readonly total_tokens: number;
+  readonly prompt_tokens_details?: { readonly cached_tokens: number };
 }
 
-function usage(asked: Asked, completion: number): Usage {
+function usage(asked: Asked, completion: number, { prefix }: Running, cached: number): Usage {
   const prompt = asked.prompts.reduce((sum, { length }) => sum + length, 0);
-  return { prompt_tokens: prompt, completion_tokens: completion, total_tokens: prompt + completion };
+  return {
+    ...{ prompt_tokens: prompt, completion_tokens: completion, total_tokens: prompt + completion },
+    ...(prefix ? { prompt_tokens_details: { cached_tokens: cached } } : {}),
+  };
+}
+
+/** The same request, and how many tokens of its prompts it has been spared: of answers to one prompt, the first counts. */
+function sparing(course: Course) {
+  let tokens = 0;
+  const of = (first: boolean): Course => ({
+    ...course,
+    reused(count) {
+      course.reused(count);
+      if (first) tokens += count;
+    },
+  });
+  return { of, tokens: () => tokens };
 }
 
 /** Every answer with its number. */
 function* answersOf({ prompts, n, seed }: Asked) {
   for (const [i, prompt] of prompts.entries()) {
-    for (let j = 0; j < n; j++) yield { index: i * n + j, prompt, seed: seed + j };
+    for (let j = 0; j < n; j++) yield { index: i * n + j, prompt, seed: seed + j, first: j === 0 };
   }
 }
 
@@ -147,10 +200,11 @@ function envelope(asked: Asked, { name }: Served, chunk: boolean): object {
 /** The whole answer. */
 export async function answer(asked: Asked, running: Running, course: Course): Promise<object> {
   const choices: object[] = [];
+  const spared = sparing(course);
   let count = 0;
-  for (const { index, ...from } of answersOf(asked)) {
+  for (const { index, first, ...from } of answersOf(asked)) {
     const list: Made[] = [];
-    const tokens = made(asked, running, from, course);
+    const tokens = made(asked, running, from, spared.of(first));
     for (;;) {
       const { value, done } = await tokens.next();
       if (!done) {
@@ -169,7 +223,7 @@ export async function answer(asked: Asked, running: Running, course: Course): Pr
     }
     count += list.length;
   }
-  return { ...envelope(asked, running, false), choices, usage: usage(asked, count) };
+  return { ...envelope(asked, running, false), choices, usage: usage(asked, count, running, spared.tokens()) };
 }
 
 /** The chunks of a streamed answer. Nothing comes before the first token is there, so that what fails until then has a status of its own. */
@@ -181,9 +235,10 @@ export async function* chunks(asked: Asked, running: Running, course: Course): A
     choices: [choice],
     ...(asked.includeUsage ? { usage: null } : {}),
   });
+  const spared = sparing(course);
   let count = 0;
-  for (const { index, ...from } of answersOf(asked)) {
-    const tokens = made(asked, running, from, course);
+  for (const { index, first, ...from } of answersOf(asked)) {
+    const tokens = made(asked, running, from, spared.of(first));
     let begun = !chat;
     let offset = 0;
     try {
@@ -215,5 +270,5 @@ export async function* chunks(asked: Asked, running: Running, course: Course): A
       await tokens.return("length");
     }
   }
-  if (asked.includeUsage) yield { ...head, choices: [], usage: usage(asked, count) };
+  if (asked.includeUsage) yield { ...head, choices: [], usage: usage(asked, count, running, spared.tokens()) };
 }

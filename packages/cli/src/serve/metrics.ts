@@ -1,6 +1,7 @@
 // Figures of the server in the text format of Prometheus (version 0.0.4).
+import type { PrefixCache } from "@switchyard/models";
 import type { OpenModel } from "../model-arguments.ts";
-import type { ExpertLoad } from "./observed.ts";
+import type { ExpertLoad, Pass } from "./observed.ts";
 import type { Turns } from "./turns.ts";
 
 /** Seconds that "tokens per second" looks back. */
@@ -43,6 +44,7 @@ export class Metrics {
   readonly #first: Duration = { count: 0, seconds: 0 };
   readonly #passes: Duration = { count: 0, seconds: 0 };
   #prompt = 0;
+  #reused = 0;
   #made = 0;
   #seen = 0;
 
@@ -55,6 +57,11 @@ export class Metrics {
 
   prompt(tokens: number): void {
     this.#prompt += tokens;
+  }
+
+  /** Tokens of a prompt that need not be run. */
+  reused(tokens: number): void {
+    this.#reused += tokens;
   }
 
   /** One token was made. */
@@ -75,7 +82,7 @@ export class Metrics {
     this.#took.seconds += seconds;
   }
 
-  pass({ tokens, seconds }: { readonly tokens: number; readonly seconds: number }): void {
+  pass({ tokens, seconds }: Omit<Pass, "past">): void {
     this.#passes.count++;
     this.#passes.seconds += seconds;
     this.#seen += tokens;
@@ -91,7 +98,11 @@ export class Metrics {
 
   render(
     { model }: OpenModel,
-    { requests, load }: { readonly requests: Turns; readonly load: ExpertLoad },
+    {
+      requests,
+      load,
+      prefix,
+    }: { readonly requests: Turns; readonly load: ExpertLoad; readonly prefix?: PrefixCache | undefined },
     now?: number,
   ): string {
     const one = (type: "counter" | "gauge", name: string, help: string, value: number): string =>
@@ -108,6 +119,13 @@ export class Metrics {
       one("gauge", "switchyard_requests_running", "Requests that generate.", requests.running),
       one("gauge", "switchyard_requests_waiting", "Requests in the queue.", requests.waiting),
       one("counter", "switchyard_prompt_tokens_total", "Tokens of prompts.", this.#prompt),
+      ...(prefix
+        ? [
+            one("counter", "switchyard_prompt_reused_tokens_total", "Those that were not run anew.", this.#reused),
+            one("gauge", "switchyard_prefix_texts", "Texts kept for later prompts.", prefix.texts),
+            one("gauge", "switchyard_prefix_bytes", "Bytes of their keys and values.", prefix.bytes),
+          ]
+        : []),
       one("counter", "switchyard_generated_tokens_total", "Tokens made.", this.#made),
       one(
         "gauge",

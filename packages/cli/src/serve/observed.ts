@@ -82,8 +82,14 @@ export interface ObservedOptions {
   readonly load: ExpertLoad;
   /** Whether routing is kept for `routingAt`. */
   readonly keep: boolean;
-  /** Is told of every pass. */
-  readonly passed: (pass: { readonly tokens: number; readonly seconds: number }) => void;
+  /** Is told of every pass; `past`: positions that were in the cache before it. */
+  readonly passed: (pass: Pass) => void;
+}
+
+export interface Pass {
+  readonly tokens: number;
+  readonly seconds: number;
+  readonly past: number;
 }
 
 export interface ObservedModel {
@@ -102,6 +108,7 @@ export function observed(model: LanguageModel, options: ObservedOptions): Observ
       signal.throwIfAborted();
       const started = performance.now();
       const [rows = 0, sequence = 0] = ids.shape;
+      const past = given.cache?.length ?? 0;
       const chosen = new Map<number, { expert: number; weight: number }[]>();
       const reading: Promise<void>[] = [];
       const record = (place: number, routed: Routed): void => {
@@ -134,7 +141,7 @@ export function observed(model: LanguageModel, options: ObservedOptions): Observ
         });
         kept.set(given.cache?.length ?? sequence, found);
       }
-      passed({ tokens: rows * sequence, seconds: (performance.now() - started) / 1000 });
+      passed({ tokens: rows * sequence, seconds: (performance.now() - started) / 1000, past });
       return logits;
     });
   return {

@@ -113,6 +113,20 @@ test("probabilities of tokens", async () => {
   expect([tokens.length, each.length, top.length, at.length]).toEqual([4, 4, 4, 4]);
   expect(at[0]).toBe(0);
   expect(Math.max(...Object.values(top[0] ?? {}))).toBe(each[0]);
+  // Parts of characters are told apart by their bytes.
+  const wide = (await client.completions.create({ ...body, logprobs: 20 })).choices[0]?.logprobs;
+  const names = (wide?.top_logprobs ?? []).map((one) => Object.keys(one));
+  expect(names.map((one) => one.length)).toEqual([20, 20, 20, 20]);
+  expect(names.flat().some((name) => /^bytes:(\\x[0-9a-f]{2})+$/.test(name))).toBe(true);
+  expect(names.flat().join("")).not.toContain("\uFFFD");
+  const all = await client.chat.completions.create({ ...chat, logprobs: true, top_logprobs: 20 });
+  for (const { token, bytes, top_logprobs: top } of all.choices[0]?.logprobs?.content ?? []) {
+    for (const one of [{ token, bytes }, ...top]) {
+      const text = new TextDecoder().decode(Uint8Array.from(one.bytes ?? []));
+      if (text.includes("\uFFFD")) expect(one.token).toMatch(/^(\\x[0-9a-f]{2})+$/);
+      else expect([one.token, text.length > 0]).toEqual([text, true]);
+    }
+  }
   const none = await client.chat.completions.create({ ...chat, logprobs: true });
   expect(none.choices[0]?.logprobs?.content?.[0]?.top_logprobs).toEqual([]);
 });

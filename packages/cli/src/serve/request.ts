@@ -191,6 +191,10 @@ function promptsOf(fields: Fields, { open, tokenizer }: Served): number[][] {
   if (typeof value === "string") return [encode(value)];
   if (!Array.isArray(value) || value.length === 0) return fields.refuse("prompt", expected);
   if (value.every((one) => typeof one === "number")) return [ids(value)];
+  // Before they are encoded one by one.
+  if (value.length > mostAnswers) {
+    throw badParameter("prompt", `'prompt' has ${value.length} prompts; at most ${mostAnswers} answers at once.`);
+  }
   return value.map((one: Json) => {
     if (typeof one === "string") return encode(one);
     return Array.isArray(one) ? ids(one) : fields.refuse("prompt", expected);

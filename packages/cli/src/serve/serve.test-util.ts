@@ -28,22 +28,33 @@ export interface TestServer extends RunningServer {
   close(): Promise<void>;
 }
 
-/** The model is named "small". */
 export async function testServer(
   folder: string,
-  { memory, ...options }: Partial<ServerOptions> & { readonly memory?: number } = {},
+  {
+    memory,
+    name = "small",
+    ...options
+  }: Partial<ServerOptions> & { readonly memory?: number; readonly name?: string } = {},
 ): Promise<TestServer> {
   const backend = await wasm({ threads: 1 });
   const on = engine(backend);
   const loaded = await loadModel(folder, { engine: on, ...(memory === undefined ? {} : { memory }) });
   const { tokenizer } = loaded;
   if (!tokenizer) throw new Error(`${folder} has no tokenizer`);
-  const open: OpenModel = { ...loaded, folder, config: {}, endIds: [], expertBytes: undefined, backend: "wasm" };
+  const open: OpenModel = {
+    ...loaded,
+    folder,
+    config: {},
+    endIds: [],
+    expertBytes: undefined,
+    backend: "wasm",
+    plugins: [],
+  };
   const failures: unknown[] = [];
   const server = await startServer(
-    { open, tokenizer, name: "small" },
+    { open, tokenizer, name },
     {
-      ...{ host: "127.0.0.1", port: 0, parallel: 4, queue: 100, maxBody: 100_000 },
+      ...{ host: "127.0.0.1", port: 0, parallel: 4, queue: 100, maxBody: 100_000, prefixBytes: 0 },
       ...{ allowedHosts: [], allowedOrigins: [], failed: (error) => failures.push(error) },
       ...options,
     },

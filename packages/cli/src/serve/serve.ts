@@ -25,6 +25,12 @@ const serveArgs = {
     valueHint: "N",
   },
   "max-body": { type: "string", description: "Size of a request's body at most (default 1MB)", valueHint: "SIZE" },
+  "prefix-cache": {
+    type: "string",
+    description:
+      "Memory for keys and values of ended texts, so that a conversation runs its new part only (default none)",
+    valueHint: "SIZE",
+  },
   "allow-host": {
     type: "string",
     description: "A name by which clients reach this server; may be given several times",
@@ -100,11 +106,13 @@ export async function serve(rest: readonly string[], options: CommandLine, strea
   const grace = given.number("grace", { from: 0, to: 3600 }) ?? 10;
   const [json, name] = [given.flag("json"), given.text("name") ?? basename(resolve(args.folder))];
   const settings = {
-    host: given.text("host") ?? "127.0.0.1",
+    // As in a URL, too.
+    host: (given.text("host") ?? "127.0.0.1").replace(/^\[(.*)\]$/, "$1"),
     port: given.whole("port", { from: 0, to: 65535 }) ?? 8000,
     parallel: given.whole("parallel", { from: 1, to: 1024 }) ?? 8,
     queue: given.whole("queue", { from: 0, to: 100_000 }) ?? 256,
     maxBody: given.bytes("max-body") ?? 1_000_000,
+    prefixBytes: given.bytes("prefix-cache") ?? 0,
     allowedHosts: given.texts("allow-host"),
     allowedOrigins: origins,
     failed: (error: unknown) => {

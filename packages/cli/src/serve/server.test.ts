@@ -1,6 +1,9 @@
 // The server against fetch: who may ask, what is refused and how, the extra fields, the figures, and the end.
+
+import { once } from "node:events";
 import { mkdtempSync, rmSync } from "node:fs";
 import { request as rawRequest } from "node:http";
+import { connect } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -85,6 +88,7 @@ describe("refuses in OpenAI's shape", () => {
     ["half a token", { max_tokens: 1.5 }, 400, "max_tokens", "invalid_value", /whole number from 1/],
     ["too long", { max_tokens: 63 }, 400, "prompt", "context_length_exceeded", /maximum context length is 64 tokens/],
     ["many answers", { n: 65 }, 400, "n", "invalid_value", /from 1 to 64/],
+    ["many prompts", { prompt: Array(65).fill([1]) }, 400, "prompt", "invalid_value", /65 prompts; at most 64/],
     ["many answers in all", { n: 40, prompt: ["a", "b"] }, 400, "n", "invalid_value", /80; at most 64/],
     ["an empty stop", { stop: [""] }, 400, "stop", "invalid_value", /none of them empty/],
     ["a misspelt field", { max_token: 3 }, 400, "max_token", "unknown_parameter", /Unknown parameter: 'max_token'/],
@@ -347,6 +351,70 @@ test("/metrics counts what happens", async () => {
   expect(after.get("switchyard_live_tensors")).toBe(server.open.model.engine.live());
 });
 
+test("what ended texts leave behind is not run again", async () => {
+  const keeping = await testServer(folder, { prefixBytes: 1e6 });
+  const { engine } = keeping.open.model;
+  const live = engine.live();
+  const messages = [{ role: "user", content: "A whale" }];
+  const reused: number[] = [];
+  for (const content of ["My", "was", ""]) {
+    const asked = { ...chat, messages, max_tokens: 4 };
+    const plain = await (await server.post("/v1/chat/completions", asked)).json();
+    const found = await (await keeping.post("/v1/chat/completions", asked)).json();
+    expect([found.choices, found.error]).toEqual([plain.choices, undefined]);
+    expect(plain.usage).not.toHaveProperty("prompt_tokens_details");
+    expect(found.usage).toMatchObject(plain.usage);
+    reused.push(found.usage.prompt_tokens_details.cached_tokens);
+    messages.push({ role: "assistant", content: "ship" }, { role: "user", content });
+  }
+  expect(reused[0]).toBe(0);
+  expect(reused[1]).toBeGreaterThan(5);
+  expect(reused[2]).toBeGreaterThan(reused[1] ?? 0);
+  // Several answers to one prompt: the prompt of the first counts, those of the others are spared beside.
+  const many = { ...ask, prompt: "Yale ship", n: 3, stream: true, stream_options: { include_usage: true } };
+  const chunks = chunksOf(await (await keeping.post("/v1/completions", many)).text());
+  expect(chunks.at(-1)?.usage).toMatchObject({ prompt_tokens_details: { cached_tokens: 0 } });
+  // Streams that are left, and others beside them.
+  const bodies = Array.from({ length: 12 }, (_, i) => ({
+    ...ask,
+    prompt: `A whale ship${" was".repeat(i % 4)}`,
+    seed: i,
+  }));
+  const alone: unknown[] = [];
+  for (const body of bodies) alone.push((await (await server.post("/v1/completions", body)).json()).choices);
+  const together = bodies.map(async (body, i) => {
+    if (i % 3 !== 1) return (await (await keeping.post("/v1/completions", body)).json()).choices;
+    const control = new AbortController();
+    const long = { ...body, max_tokens: 40, stream: true };
+    const response = await keeping.post("/v1/completions", long, { signal: control.signal });
+    await response.body?.getReader().read();
+    control.abort();
+    return alone[i];
+  });
+  expect(await Promise.all(together)).toEqual(alone);
+  const page = async () => (await fetch(`${keeping.url}/metrics`)).text();
+  while (!/^switchyard_requests_running 0$/m.test(await page())) await sleep(5);
+  const figure = async (name: string) => Number(new RegExp(`^${name} (\\S+)$`, "m").exec(await page())?.[1]);
+  expect(await figure("switchyard_prompt_reused_tokens_total")).toBeGreaterThan(2 * (reused[2] ?? 0));
+  expect(await figure("switchyard_prefix_texts")).toBeGreaterThan(2);
+  expect(await figure("switchyard_prefix_bytes")).toBeGreaterThan(1000);
+  expect(engine.live()).toBeGreaterThan(live);
+  await keeping.stop(1);
+  expect(engine.live()).toBe(live);
+  await keeping.open.close();
+
+  // Room for a single short text only.
+  const little = await testServer(folder, { prefixBytes: 2 * 2 * 16 * 4 * 20 });
+  for (const prompt of ["A whale", "Yale", "My ship was a whale"])
+    await (await little.post("/v1/completions", { ...ask, prompt })).json();
+  const held = Number(
+    /^switchyard_prefix_bytes (\d+)$/m.exec(await (await fetch(`${little.url}/metrics`)).text())?.[1],
+  );
+  expect(held).toBeGreaterThan(0);
+  expect(held).toBeLessThanOrEqual(2 * 2 * 16 * 4 * 20);
+  await little.close();
+});
+
 test("/metrics shows the cache of streamed experts, and the text is the same", async () => {
   const refused = await testServer(folder, { memory: 1 }).then(String, String);
   const [, least = "", unit] = /needs ([\d.]+) (kB|MB) of memory/.exec(refused) ?? [];
@@ -410,6 +478,62 @@ test("after the time of grace running answers end too, in words", async () => {
   await ending.open.close();
 });
 
+test("its end waits for nobody who asks nothing, or never comes to the end of it", async () => {
+  const ending = await testServer(folder);
+  const { port } = new URL(ending.url);
+  const opened = async (text: string) => {
+    const socket = connect(Number(port), "127.0.0.1");
+    await once(socket, "connect");
+    let said = "";
+    socket.on("data", (part) => {
+      said += part;
+    });
+    socket.write(text);
+    return { gone: once(socket, "close").then(() => said) };
+  };
+  const head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n";
+  const open = [
+    await opened(""),
+    await opened("GET /health HTTP/1.1\r\nHost: localhost\r\n"),
+    await opened(`${head}Content-Length: 100\r\n\r\n{`),
+    await opened(`${head}Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n`),
+  ];
+  await sleep(20);
+  const started = performance.now();
+  await ending.stop(30);
+  expect(performance.now() - started).toBeLessThan(2000);
+  const said = await Promise.all(open.map(({ gone }) => gone));
+  expect(said.slice(0, 2)).toEqual(["", ""]);
+  for (const one of said.slice(2)) expect(one).toMatch(/^HTTP\/1.1 503 [\s\S]*"code":"stopping"/);
+  expect(ending.failures).toEqual([]);
+  await ending.open.close();
+});
+
+test("an answer that is slow to be taken is not cut off at the end", async () => {
+  // More than the buffers between the two hold.
+  const name = "x".repeat(20e6);
+  const ending = await testServer(folder, { name });
+  const socket = connect(Number(new URL(ending.url).port), "127.0.0.1");
+  await once(socket, "connect");
+  socket.pause();
+  socket.write("GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n");
+  const page = async () => (await fetch(`${ending.url}/metrics`)).text();
+  await page();
+  await sleep(100);
+  expect(await page()).not.toContain('endpoint="/v1/models"');
+  const stopped = ending.stop(30);
+  await sleep(50);
+  let size = 0;
+  socket.on("data", (part) => {
+    size += part.length;
+  });
+  socket.resume();
+  await once(socket, "close");
+  await stopped;
+  expect(size).toBeGreaterThan(name.length);
+  await ending.open.close();
+});
+
 describe("the command", () => {
   test("serves until Ctrl-C or SIGTERM", async () => {
     const plain = join(root, "plain");
@@ -458,6 +582,7 @@ describe("the command", () => {
     [["a", "--allow-origin", "localhost"], /--allow-origin takes an origin/],
     [["a", "--allow-origin", "http://a/b"], /--allow-origin takes an origin/],
     [["a", "--max-body", "much"], /--max-body takes a size/],
+    [[folder, "--port", "0", "--host", "nosuch.invalid"], /cannot listen on nosuch.invalid:0 .*choose another --host/],
     [["a"], /a has no config\.json/],
   ])("refuses %j", async (args, message) => {
     const { code, error } = await runCommand(["serve", ...args, "--backend", "cpu"]);

@@ -1,7 +1,8 @@
 // The HTTP server: who may ask, which path means what, bodies in and answers out, and an orderly end.
 import { once } from "node:events";
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
-import { type AddressInfo, isIP } from "node:net";
+import { type AddressInfo, isIP, Server as NetServer } from "node:net";
+import { prefixCache } from "@switchyard/models";
 import { answer, chunks, type Running } from "./answers.ts";
 import { ApiError, apiError } from "./errors.ts";
 import { type Body, isBody } from "./fields.ts";
@@ -20,6 +21,8 @@ export interface ServerOptions {
   readonly queue: number;
   /** Bytes of a request body. */
   readonly maxBody: number;
+  /** Bytes of keys and values that ended texts may leave for prompts that begin alike; 0: every prompt is run from its start. */
+  readonly prefixBytes: number;
   /** Names by which clients reach this server, beside those of the machine itself. */
   readonly allowedHosts: readonly string[];
   /** Web pages that may ask, such as https://example.org. */
@@ -36,6 +39,8 @@ export interface RunningServer {
 
 /** A client that takes nothing for so long is gone. */
 const stalled = 60_000;
+/** Texts whose keys and values are kept: each prompt is compared with all of them. */
+const mostTexts = 64;
 const endpoints = ["/v1/models", "/v1/completions", "/v1/chat/completions", "/metrics", "/health"];
 
 interface Active {
@@ -52,11 +57,12 @@ const hostOf = (header: string): string =>
 const isLoopback = (host: string): boolean => host === "localhost" || host === "::1" || /^127\./.test(host);
 
 export async function startServer(served: Served, options: ServerOptions): Promise<RunningServer> {
-  const { host, port, parallel, queue, maxBody, allowedOrigins, failed } = options;
+  const { host, port, parallel, queue, maxBody, prefixBytes, allowedOrigins, failed } = options;
   const metrics = new Metrics();
   const load = new ExpertLoad(served.open.model.routing);
   const requests = turns(parallel);
-  const running: Running = { ...served, metrics, load, passes: turns(1) };
+  const prefix = prefixBytes === 0 ? undefined : prefixCache({ texts: mostTexts, bytes: prefixBytes });
+  const running: Running = { ...served, metrics, load, passes: turns(1), ...(prefix ? { prefix } : {}) };
   const created = Math.floor(Date.now() / 1000);
   const model = { id: served.name, object: "model", created, owned_by: "switchyard" };
   const actives = new Set<Active>();
@@ -104,7 +110,7 @@ export async function startServer(served: Served, options: ServerOptions): Promi
     });
     actives.add(active);
     try {
-      const asked = readRequest(kind, await readBody(request, response, maxBody), served);
+      const asked = readRequest(kind, await readBody(request, response, { limit: maxBody, signal }), served);
       if (stopping) throw stopped();
       if (requests.running >= parallel && requests.waiting >= queue) {
         response.setHeader("retry-after", "1");
@@ -116,10 +122,11 @@ export async function startServer(served: Served, options: ServerOptions): Promi
         if (!begun) metrics.first((performance.now() - arrived) / 1000);
         begun = true;
       };
+      const course = { signal, token, reused: (tokens: number) => metrics.reused(tokens) };
       await requests.take(signal, async () => {
         active.started = true;
-        if (!asked.stream) return send(response, 200, await answer(asked, running, { signal, token }));
-        for await (const chunk of chunks(asked, running, { signal, token })) {
+        if (!asked.stream) return send(response, 200, await answer(asked, running, course));
+        for await (const chunk of chunks(asked, running, course)) {
           if (!response.headersSent) {
             if (stopping) response.setHeader("connection", "close");
             response.writeHead(200, { "content-type": "text/event-stream", "cache-control": "no-cache" });
@@ -163,7 +170,7 @@ export async function startServer(served: Served, options: ServerOptions): Promi
     if (path === "/health") return send(response, stopping ? 503 : 200, { status: stopping ? "stopping" : "ok" });
     if (path === "/metrics") {
       response.writeHead(200, { "content-type": "text/plain; version=0.0.4; charset=utf-8" });
-      response.end(metrics.render(served.open, { requests, load }));
+      response.end(metrics.render(served.open, { requests, load, prefix }));
       return;
     }
     if (path === "/v1/models") return send(response, 200, { object: "list", data: [model] });
@@ -196,10 +203,13 @@ export async function startServer(served: Served, options: ServerOptions): Promi
   };
 
   const server = createServer({ requestTimeout: 60_000, headersTimeout: 20_000 }, (request, response) => {
-    const done = handle(request, response).catch((error: unknown) => {
-      failed(error);
-      response.destroy();
-    });
+    const done = handle(request, response)
+      .catch((error: unknown) => {
+        failed(error);
+        response.destroy();
+      })
+      // Until the client has all of it.
+      .then(() => (response.closed ? undefined : new Promise<void>((gone) => response.once("close", gone))));
     answering.add(done);
     void done.finally(() => answering.delete(done));
   });
@@ -210,18 +220,22 @@ export async function startServer(served: Served, options: ServerOptions): Promi
     url: `http://${shownHost}:${found}`,
     async stop(grace) {
       stopping = true;
-      const closed = new Promise<void>((resolve) => server.close(() => resolve()));
+      // Not server.close(): it cuts off answers that have ended here and are not with the client yet.
+      const closed = new Promise<void>((resolve) => NetServer.prototype.close.call(server, () => resolve()));
       for (const { control, started } of actives) if (!started) control.abort(stopped());
       const end = setTimeout(() => {
         for (const { control } of actives) control.abort(stopped());
       }, grace * 1000);
-      // Who does not take what it is given, or sends no end of a request, is cut off.
+      // Who does not take what it is given is cut off.
       const cut = setTimeout(() => server.closeAllConnections(), grace * 1000 + 1000);
       while (answering.size > 0) await Promise.all(answering);
-      server.closeIdleConnections();
+      // What is still there has asked nothing, or not to the end.
+      server.closeAllConnections();
       await closed;
+      server.close(); // its timer
       clearTimeout(end);
       clearTimeout(cut);
+      prefix?.dispose();
     },
   };
 }
@@ -243,8 +257,12 @@ async function listen(server: Server, host: string, port: number): Promise<void>
     await once(server, "listening");
   } catch (cause) {
     const code = cause instanceof Error && "code" in cause ? String(cause.code) : String(cause);
-    const next = code === "EADDRINUSE" ? "something listens there already; choose another --port" : "choose another";
-    throw new Error(`cannot listen on ${host}:${port} (${code}): ${next}`, { cause });
+    const next: Readonly<Record<string, string>> = {
+      EADDRINUSE: "something listens there already; choose another --port",
+      EACCES: "this port needs privileges; choose another --port",
+    };
+    const why = next[code] ?? "this machine has no such address; choose another --host";
+    throw new Error(`cannot listen on ${host}:${port} (${code}): ${why}`, { cause });
   }
 }
 
@@ -260,8 +278,12 @@ async function write(response: ServerResponse, text: string, signal: AbortSignal
   }
 }
 
-/** @throws ApiError for a body that is too large or no JSON object. */
-async function readBody(request: IncomingMessage, response: ServerResponse, limit: number): Promise<Body> {
+/** @throws ApiError for a body that is too large or no JSON object; the signal's reason, where the end does not come before it. */
+async function readBody(
+  request: IncomingMessage,
+  response: ServerResponse,
+  { limit, signal }: { readonly limit: number; readonly signal: AbortSignal },
+): Promise<Body> {
   const type = request.headers["content-type"]?.split(";")[0]?.trim().toLowerCase();
   if (type !== "application/json" || request.headers["content-encoding"] !== undefined) {
     throw new ApiError(415, "The body must be JSON: send it with Content-Type: application/json, not compressed.", {
@@ -273,7 +295,15 @@ async function readBody(request: IncomingMessage, response: ServerResponse, limi
   // Somewhat too much is still read, and dropped: a client that is cut off while it sends would not read why.
   const most = 16 * limit;
   if (Number(request.headers["content-length"] ?? 0) <= most) {
-    for await (const part of request.iterator({ destroyOnReturn: false }) as AsyncIterable<Buffer>) {
+    const coming: AsyncIterator<Buffer> = request.iterator({ destroyOnReturn: false });
+    const aborted = new Promise<never>((_, reject) => {
+      if (signal.aborted) reject(signal.reason);
+      else signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+    });
+    aborted.catch(() => undefined);
+    for (;;) {
+      const { value: part, done } = await Promise.race([coming.next(), aborted]);
+      if (done) break;
       size += part.length;
       if (size > most) break;
       if (size <= limit) parts.push(part);

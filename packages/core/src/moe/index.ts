@@ -8,6 +8,6 @@ export * from "./fluctuation.ts";
 export * from "./layer.ts";
 export * from "./losses.ts";
 export * from "./metrics.ts";
-export { overridePlan, type Ranking } from "./override.ts";
+export { overridePlan, type Ranking, requireOverrides } from "./override.ts";
 export type * from "./plan.ts";
 export * from "./upcycle.ts";

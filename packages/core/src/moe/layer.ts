@@ -19,7 +19,7 @@ import {
   tokenMask,
 } from "./dispatch.ts";
 import { routingMetrics } from "./metrics.ts";
-import { overridesOf } from "./override.ts";
+import { requireOverrides } from "./override.ts";
 import { checkPlan, child, everyId } from "./parts.ts";
 import type {
   Dispatch,
@@ -156,16 +156,7 @@ export function routeTokens(layer: MoELayer, params: Tree, input: RouterInput): 
     throw new ShapeError(`moe: hidden is ${show(hidden)}, expected [batch * sequence, width] = [${tokens}, width]`);
   }
   const { router, experts } = layer;
-  // Better refused than ignored: a router that is not asked for its ranks would decode something else than what was asked.
-  if (overridesOf(input) && !router.overrides) {
-    const why =
-      router.score && router.select
-        ? "does not choose experts token by token in the order of its scores"
-        : "does not choose experts by scores alone";
-    throw new UnsupportedError(
-      `moe: layer ${input.layer} got a routing override, and its router ${why}, or does not say so (Router.overrides); leave it out or use a router such as topK`,
-    );
-  }
+  requireOverrides(router, input);
   const mask = tokenMask(layout);
   let every: Outputs | undefined;
   const everyExpert = (): Tensor => {

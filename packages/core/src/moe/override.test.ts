@@ -225,6 +225,22 @@ describe("rows of one batch", () => {
     expect(overridePlan(own, input, ranking)).toBe(own);
   });
 
+  test("it applies to the feed-forward router alone, unless parts name that of attention", () => {
+    const rules = softmaxRules(1);
+    const taken = (rule: RoutingOverride, part?: "attention" | "feedForward") =>
+      planned(rules, [rule], part ? { more: { part } } : {}).experts.shape[1];
+    expect(taken({ k: 1 })).toBe(1);
+    expect(taken({ k: 1 }, "feedForward")).toBe(1);
+    expect(taken({ k: 1 }, "attention")).toBe(2);
+    expect(taken({ k: 1, parts: ["attention"] }, "attention")).toBe(1);
+    expect(taken({ k: 1, parts: ["attention"] })).toBe(2);
+    expect(taken({ k: 1, parts: ["attention", "feedForward"] })).toBe(1);
+    expect(taken({ k: 1, parts: ["attention", "feedForward"] }, "attention")).toBe(1);
+    expect(() => taken({ k: 1, parts: [] })).toThrow(/row 0: parts are "attention" and "feedForward", found \[\]/);
+    const odd: RoutingOverride = JSON.parse('{ "k": 1, "parts": ["shared"] }');
+    expect(() => taken(odd)).toThrow(/parts are .* found "shared"/);
+  });
+
   test("of no token, and no row at all", async () => {
     expect(planned(softmaxRules(0), [{ k: 3 }, undefined]).experts.shape).toEqual([0, 3]);
     expect(planned(softmaxRules(0), []).experts.shape).toEqual([0, 2]);

@@ -8,7 +8,7 @@ import { cumsum } from "../ops/reduce.ts";
 import { gatherLast, topkIndices } from "../ops/rows.ts";
 import { broadcastTo, concat, full, hostConstant, reshape } from "../ops/shape.ts";
 import { show, type Tensor } from "../tensor.ts";
-import type { RouterInput, RoutingOverride, SparsePlan } from "./plan.ts";
+import type { Router, RouterInput, RoutingOverride, SparsePlan } from "./plan.ts";
 
 /** How a router orders and weighs experts, token by token: all that `overridePlan` has to know of it. */
 export interface Ranking {
@@ -26,7 +26,7 @@ export interface Ranking {
   readonly reachable?: number;
 }
 
-type Rule = Omit<RoutingOverride, "layers">;
+type Rule = Omit<RoutingOverride, "layers" | "parts">;
 
 /**
  * What applies to each row of the batch in the input's layer; undefined: nothing, to no row. Throws ShapeError for a list of another
@@ -36,6 +36,7 @@ export function overridesOf({
   override,
   layer,
   layers,
+  part = "feedForward",
   layout,
   training,
 }: RouterInput): readonly (Rule | undefined)[] | undefined {
@@ -47,9 +48,14 @@ export function overridesOf({
   }
   const rules = override.map((one, row): Rule | undefined => {
     if (one === undefined) return undefined;
-    const { layers: only, ...rule } = one;
+    const { layers: only, parts = ["feedForward"], ...rule } = one;
     checkIds(row, "layers", only, layers);
-    if (only && !only.includes(layer)) return undefined;
+    const odd = parts.find((name) => name !== "attention" && name !== "feedForward");
+    if (odd !== undefined || parts.length === 0) {
+      const found = JSON.stringify(odd ?? parts);
+      throw new ShapeError(`routing override of row ${row}: parts are "attention" and "feedForward", found ${found}`);
+    }
+    if (!parts.includes(part) || (only && !only.includes(layer))) return undefined;
     return Object.values(rule).some((value) => value !== undefined) ? rule : undefined;
   });
   if (rules.every((rule) => rule === undefined)) return undefined;
@@ -59,6 +65,21 @@ export function overridesOf({
     );
   }
   return rules;
+}
+
+/**
+ * For models that ask a router themselves, where `moe` does not. Throws UnsupportedError where an override applies to this call and the
+ * router takes none: better refused than ignored, since a router that is not asked for its ranks would decode something else.
+ */
+export function requireOverrides(router: Router, input: RouterInput): void {
+  if (router.overrides || !overridesOf(input)) return;
+  const why =
+    router.score && router.select
+      ? "does not choose experts token by token in the order of its scores"
+      : "does not choose experts by scores alone";
+  throw new UnsupportedError(
+    `moe: layer ${input.layer} got a routing override, and its router ${why}, or does not say so (Router.overrides); leave it out or use a router such as topK`,
+  );
 }
 
 /**

@@ -79,7 +79,12 @@ export interface RoutingOverride {
   readonly forced?: readonly number[];
   /** Layers it applies to; absent: all. */
   readonly layers?: readonly number[];
+  /** Which routers of a layer it applies to, where attention has one too (mixture of attention heads); absent: the feed-forward one. */
+  readonly parts?: readonly RoutedPart[];
 }
+
+/** The half of a layer that a router stands in. */
+export type RoutedPart = "attention" | "feedForward";
 
 /** How the flat tokens of a layer lie in batch and sequence. */
 export interface Layout {
@@ -104,6 +109,8 @@ export interface RouterInput {
   readonly pass: number;
   readonly layer: number;
   readonly layers: number;
+  /** Where in the layer the router stands; absent: in the feed-forward part. */
+  readonly part?: RoutedPart;
   readonly random: Random;
   readonly buffers: Tree;
   readonly tokenIds?: Tensor;

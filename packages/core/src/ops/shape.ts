@@ -18,12 +18,19 @@ export const reshapeOp: Op<{ readonly shape: readonly number[] }> = {
 };
 /** The same elements in another shape, without a copy. One dimension may be -1. */
 export const reshape = (x: Tensor, shape: readonly number[]): Tensor => {
-  const known = shape.reduce((n, d) => (d === -1 ? n : n * d), 1);
-  const full = shape.map((d) => (d === -1 ? (known === 0 ? 0 : x.size / known) : d));
-  if (shape.filter((d) => d === -1).length > 1 || full.some((d) => !Number.isInteger(d) || d < 0)) {
+  if (same(shape, x.shape)) return x;
+  let [known, open, wrong] = [1, 0, false];
+  for (const d of shape) {
+    if (d === -1) open++;
+    else known *= d;
+    wrong ||= d !== -1 && !(Number.isInteger(d) && d >= 0);
+  }
+  const left = known === 0 ? 0 : x.size / known;
+  if (wrong || open > 1 || (open === 1 && !Number.isInteger(left))) {
     throw new ShapeError(`reshape: ${show(x)} cannot become [${shape.join(", ")}]`);
   }
-  return same(full, x.shape) ? x : run1(reshapeOp, [x], { shape: full });
+  const full = shape.map((d) => (d === -1 ? left : d));
+  return open === 1 && same(full, x.shape) ? x : run1(reshapeOp, [x], { shape: full });
 };
 
 export const transposeOp: Op<{ readonly perm: readonly number[] }> = {

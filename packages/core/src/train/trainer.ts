@@ -418,31 +418,32 @@ export function trainer<B>(engine: Engine, task: Task<B>, options: TrainerOption
     { gradientNorm, learningRate }: { readonly gradientNorm: number; readonly learningRate: number },
   ): void => {
     unusable = `the update of step ${steps} failed half-way`;
-    const results = engine.scope(() => {
+    engine.scope(() => {
       const scale = engine.tensor(Float64Array.of(Math.min(1, clip / gradientNorm)), []);
-      return active.map((parameter, i) => {
+      for (const [i, parameter] of active.entries()) {
         const { path, tensor, updates } = parameter;
-        const mask = maskOf(path);
-        const slots = parameter.slots.length > 0 ? parameter.slots : zeros(parameter);
-        const [changed, ...changedSlots] = optimiser.update(
-          mask ? tensor : engine.give(tensor),
-          engine.give(at(gradients, i)),
-          slots.map((slot) => (mask ? slot : engine.give(slot))),
-          { scale, learningRate, decay: decays(path, tensor.shape), update: updates + 1 },
-        ) as [Tensor, ...Tensor[]];
-        if (!mask) return { changed, slots: changedSlots };
-        // With SGD decay enters the momentum, so the moments of what is frozen have to be kept too.
-        const kept = changedSlots.map((slot, j) => where(mask, slot, at(slots, j)));
-        return { changed: where(mask, changed, tensor), slots: kept };
-      });
-    });
-    results.forEach(({ changed, slots }, i) => {
-      const parameter = at(active, i);
-      parameter.tensor.dispose();
-      parameter.tensor = changed;
-      for (const slot of parameter.slots) slot.dispose();
-      parameter.slots = slots;
-      parameter.updates++;
+        const given = parameter.slots;
+        // One parameter after the other: what a mask needs beside the old values is freed before the next one is looked at.
+        const { changed, slots } = engine.scope(() => {
+          const mask = maskOf(path);
+          const before = given.length > 0 ? given : zeros(parameter);
+          const [value, ...moments] = optimiser.update(
+            mask ? tensor : engine.give(tensor),
+            engine.give(at(gradients, i)),
+            before.map((slot) => (mask ? slot : engine.give(slot))),
+            { scale, learningRate, decay: decays(path, tensor.shape), update: updates + 1 },
+          ) as [Tensor, ...Tensor[]];
+          if (!mask) return { changed: value, slots: moments };
+          // With SGD decay enters the momentum, so the moments of what is frozen have to be kept too.
+          const kept = moments.map((slot, j) => where(mask, slot, at(before, j)));
+          return { changed: where(mask, value, tensor), slots: kept };
+        });
+        release(changed);
+        for (const slot of slots) release(slot);
+        tensor.dispose();
+        for (const slot of given) slot.dispose();
+        Object.assign(parameter, { tensor: changed, slots, updates: updates + 1 });
+      }
     });
     unusable = undefined;
   };

@@ -1,4 +1,6 @@
 // The shared suite on every build and both ways of running; then what is special to this backend.
+import { open, readFile } from "node:fs/promises";
+import { fileURLToPath } from "node:url";
 import { adamwOp, engine } from "@switchyard/core";
 import { testBackend } from "@switchyard/testing";
 import { describe, expect, it } from "vitest";
@@ -9,6 +11,14 @@ testBackend({ name: "wasm plain, 1 thread", backend: () => wasm({ threads: 1, va
 // Every job is shared, however small.
 testBackend({ name: "wasm relaxed, 3 threads", backend: () => create({ threads: 3, variant: "relaxed" }, 0) });
 testBackend({ name: "wasm plain, 2 threads", backend: () => create({ threads: 2, variant: "plain" }, 0) });
+
+/** What a backend of so many threads has in use for itself. */
+async function fresh(threads: number): Promise<{ readonly used: number }> {
+  const backend = await wasm({ threads });
+  const { used } = backend.memory();
+  backend.dispose();
+  return { used };
+}
 
 describe("kernels", () => {
   // Core falls back to smaller ops silently: what is lost by a misspelt name shows only as time.
@@ -25,6 +35,32 @@ describe("kernels", () => {
     expect(fused.filter((name) => backend.kernels[name] === undefined)).toEqual([]);
     backend.dispose();
   });
+
+  for (const threads of [1, 2]) {
+    it(`are written by the host in parts, while a read is under way and the memory grows, ${threads} thread(s)`, async () => {
+      const backend = await wasm({ threads });
+      const on = engine(backend);
+      const file = fileURLToPath(import.meta.url);
+      const expected = new Uint8Array(await readFile(file)).subarray(0, 1_000);
+      const handle = await open(file);
+      const room = on.room?.([10, 101], "u8");
+      if (!room) return expect.fail("no room");
+      expect(room.stays).toBe(true);
+      expect(room.bytes().length).toBe(1_010);
+      const reading = handle.read(room.bytes().subarray(10), 0, 1_000, 0);
+      const held = backend.memory().held;
+      const large = on.tensor(new Float32Array(held / 4), [held / 4]);
+      expect(backend.memory().held).toBeGreaterThan(held);
+      await reading;
+      await handle.close();
+      room.bytes().set(Array.from({ length: 10 }, (_, i) => i));
+      expect([...(await room.tensor.data())]).toEqual([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...expected]);
+      for (const x of [large, room.tensor]) x.dispose();
+      expect([on.live(), backend.memory().used]).toEqual([0, (await fresh(threads)).used]);
+      expect(() => room.bytes()).toThrow(/disposed/);
+      backend.dispose();
+    });
+  }
 
   it("take over storage that was given away, without new memory", async () => {
     const backend = await wasm({ threads: 1 });

@@ -113,6 +113,7 @@ function reserve(pages: number, shared: boolean): { readonly memory: WebAssembly
 /** The backend over a heap and its threads. */
 export function assemble(heap: Heap, pool: Pool, variant: Variant, note: string): WasmBackend {
   const device = createDevice(heap, pool);
+  const stays = growsInPlace(heap.memory);
   let open = true;
   const check = (): void => {
     if (!open) throw new UnsupportedError("wasm: this backend was disposed of");
@@ -163,6 +164,12 @@ export function assemble(heap: Heap, pool: Pool, variant: Variant, note: string)
       write(device, block, data, spec);
       return block;
     },
+    room(spec) {
+      check();
+      const bytes = bytesOf(spec);
+      const handle = heap.alloc(bytes, () => `a tensor [${spec.shape.join(", ")}] ${spec.dtype}`);
+      return { handle, stays, bytes: () => heap.u8().subarray(handle.ptr, handle.ptr + bytes) };
+    },
     downloadSync,
     download: async (x) => downloadSync(x),
     free(handle) {
@@ -174,6 +181,18 @@ export function assemble(heap: Heap, pool: Pool, variant: Variant, note: string)
       pool.dispose();
     },
   };
+}
+
+/**
+ * Whether a memory is never moved when it grows. Shared memory is not, by the standard. V8 sets all addresses up to the maximum aside on
+ * 64-bit machines, as it needs them to catch accesses out of bounds; told not to, it may take less and move.
+ */
+function growsInPlace({ buffer }: WebAssembly.Memory): boolean {
+  if (!(buffer instanceof ArrayBuffer)) return true;
+  const { process } = globalThis;
+  const { v8, bun } = process?.versions ?? {};
+  if (v8 === undefined || bun !== undefined || !["x64", "arm64"].includes(process.arch)) return false;
+  return ![...process.execArgv, process.env.NODE_OPTIONS ?? ""].some((one) => one.includes("wasm"));
 }
 
 /** Numbers are converted to the storage type; a Uint16Array for f16 or bf16 holds its bits. */

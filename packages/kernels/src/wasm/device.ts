@@ -52,7 +52,8 @@ export function at<T>(list: readonly T[], i: number): T {
 export const only =
   (letters: string): Refusal =>
   (inputs) => {
-    for (const [i, { dtype, format }] of inputs.entries()) {
+    for (let i = 0; i < inputs.length; i++) {
+      const { dtype, format } = inputs[i] as Spec;
       const letter = letters[Math.min(i, letters.length - 1)];
       const fits =
         letter === "?" ||
@@ -112,7 +113,7 @@ export function createDevice(heap: Heap, pool: Pool): Device {
           for (const block of results.slice(firstResult)) heap.free(block);
           throw error;
         } finally {
-          for (const block of temporaries.splice(firstTemporary)) heap.free(block);
+          while (temporaries.length > firstTemporary) heap.free(temporaries.pop() as Block);
           results.length = firstResult;
           current = outer;
         }

@@ -391,9 +391,11 @@ export function placeRouter(
 
 /** The finished description, its context stretched as its rotary positions are. Ignored are a head that is the embedding, and tables of frequencies of old files. */
 export function described(at: Places, blueprint: Blueprint): Description {
+  const copies = new Map(blueprint.tieEmbeddings ? [["lm_head.weight", "embed"]] : []);
   return {
     blueprint: { ...blueprint, context: stretched(at.checkpoint, blueprint) },
     sources: at.sources,
-    ignores: (name) => (blueprint.tieEmbeddings && name === "lm_head.weight") || name.endsWith("rotary_emb.inv_freq"),
+    ignores: (name) => copies.has(name) || name.endsWith("rotary_emb.inv_freq"),
+    copies,
   };
 }

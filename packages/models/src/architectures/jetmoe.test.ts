@@ -1,5 +1,6 @@
 // JetMoE: options that the recorded checkpoint does not show, against naive loops; class defaults; refusals.
 import type { Json } from "@switchyard/core";
+import type { RoutingOverride } from "@switchyard/core/moe";
 import { describe, expect, it } from "vitest";
 import { makeEngine } from "../models.test-util.ts";
 import {
@@ -126,6 +127,44 @@ describe("jetmoe", () => {
       expect(load.reduce((a, b) => a + b)).toBe(6);
     }
     expect(logits.shape).toEqual([1, 19]);
+  });
+
+  it("takes overrides of the routers in attention, too, where they are named", async () => {
+    const on = makeEngine();
+    const model = await jetMoE.read(naiveCheckpoint(config, naiveJet()), on);
+    const single = await jetMoE.read(naiveCheckpoint({ ...config, num_experts_per_tok: 1 }, naiveJet()), on);
+    const ids = on.tensor(Int32Array.of(1, 2, 3, 4, 5, 6), [2, 3]);
+    /** Logits, and the experts of each token and router. */
+    const run = async (of: typeof model, override?: readonly (RoutingOverride | undefined)[]) => {
+      const experts: Promise<number[]>[] = [];
+      const logits = await of.step(ids, {
+        positions: "all",
+        ...(override ? { override } : {}),
+        trace: {
+          record(_, { plan }) {
+            if (plan.kind === "sparse") experts.push(plan.experts.data().then((list) => Array.from(list)));
+          },
+        },
+      });
+      return { logits: Array.from(await logits.data()), experts: await Promise.all(experts) };
+    };
+    const [plain, one] = [await run(model), await run(single)];
+    const both = await run(model, Array(2).fill({ k: 1, parts: ["attention", "feedForward"] }));
+    for (const [i, x] of one.logits.entries()) expect(both.logits[i]).toBeCloseTo(x, 5);
+    // The best one is the first of the two that the trained routing takes, as long as nothing before it differs.
+    expect(one.experts[0]).toEqual(plain.experts[0]?.filter((_, i) => i % 2 === 0));
+    const heads = await run(model, [{ k: 1, parts: ["attention"] }, undefined]);
+    expect(heads.experts[0]?.filter((expert) => expert >= 0).length).toBe(3 + 6);
+    expect(heads.experts[1]?.length).toBe(12);
+    // The row without an override is as it was; the other is neither the trained one nor that with one expert everywhere.
+    expect(heads.logits.slice(57)).toEqual(plain.logits.slice(57));
+    for (const other of [plain, one]) expect(heads.logits.slice(0, 57)).not.toEqual(other.logits.slice(0, 57));
+    // Without parts only feed-forward routers obey.
+    const after = await run(model, Array(2).fill({ k: 1 }));
+    expect([after.experts[0], after.experts[1]?.length]).toEqual([plain.experts[0], 6]);
+    const masked = await run(model, Array(2).fill({ masked: [0], parts: ["attention"], layers: [0] }));
+    expect(plain.experts[0]).toContain(0);
+    expect(masked.experts[0]).not.toContain(0);
   });
 
   it("has the defaults of the class", () => {

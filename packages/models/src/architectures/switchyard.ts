@@ -28,6 +28,7 @@ import {
   readTensor,
   stored,
 } from "../weights.ts";
+import type { DescribedArchitecture } from "./architecture.ts";
 
 const format = 1;
 
@@ -82,9 +83,10 @@ export interface SwitchyardOptions {
 }
 
 /** Reads `model_type: "switchyard"` with the routers given. */
-export function switchyard(options: SwitchyardOptions): TransformerArchitecture {
+export function switchyard(options: SwitchyardOptions): TransformerArchitecture & DescribedArchitecture {
   return {
     modelTypes: ["switchyard"],
+    describe: (checkpoint) => describeSwitchyard(checkpoint, options),
     read: (checkpoint, engine, { memory } = {}) => read(checkpoint, engine, options, memory),
   };
 }
@@ -151,8 +153,8 @@ function readConfig(checkpoint: Pick<Checkpoint, "config">, options: SwitchyardO
   });
 }
 
-/** What a checkpoint in our own layout holds, without reading weights: its tensors are named as its parameters are. */
-export function describeSwitchyard(checkpoint: CheckpointIndex, options: SwitchyardOptions): Description {
+/** What a checkpoint in our own layout holds: its tensors are named as its parameters are. */
+function describeSwitchyard(checkpoint: CheckpointIndex, options: SwitchyardOptions): Description {
   const config = readConfig(checkpoint, options);
   checkCounts(checkpoint, { layers: config.layers });
   const blueprint = blueprintOf(config);

@@ -21,7 +21,7 @@ import {
   transpose,
 } from "@switchyard/core";
 import type { LatentAttention } from "../blueprint.ts";
-import { lookup, product } from "../stored-matrix.ts";
+import { floatsOf, groupedProduct, product } from "../stored-matrix.ts";
 import { branch, leaf } from "../tree.ts";
 import type { Attended, AttentionInput, AttentionModule } from "./kind.ts";
 
@@ -65,7 +65,9 @@ export function latentAttention(options: LatentAttention, width: number): Attent
     const [batch = 0, sequence = 0] = q.shape;
     const n = batch * sequence;
     // The heads are the groups of a grouped product: rows [heads * n, size], kvUp [heads, nope + value, rank].
-    const up = reshape(floats(params, "kvUp"), [heads, upSize, rank]);
+    const kvUp = branch(params, "kvUp");
+    const linesOf = (from: number, size: number): Tree | undefined => headLines(kvUp, { heads, upSize, from, size });
+    const [keyLines, valueLines] = [linesOf(0, nopeSize), linesOf(nopeSize, valueSize)];
     const ends = hostConstant(
       q,
       Int32Array.from({ length: heads }, (_, h) => (h + 1) * n),
@@ -76,20 +78,27 @@ export function latentAttention(options: LatentAttention, width: number): Attent
     const byToken = (rows: Tensor, size: number): Tensor =>
       reshape(transpose(reshape(rows, [heads, n, size]), [1, 0, 2]), [batch, sequence, heads, size]);
     const part = (from: number, size: number): Tensor => slice(q, [0, 0, 0, from], [batch, sequence, heads, size]);
-    // The rows of kvUp that make values meet zeros.
-    const rows = pad(byHead(part(0, nopeSize), nopeSize), [0, 0], [0, valueSize]);
-    return {
-      queries: concat(
-        [byToken(groupedMatmul(rows, up, ends, { transposed: true }), rank), part(nopeSize, ropeSize)],
-        -1,
-      ),
+    const asked = byHead(part(0, nopeSize), nopeSize);
+    const form = (queries: Tensor, finish: Form["finish"]): Form => ({
+      queries: concat([byToken(queries, rank), part(nopeSize, ropeSize)], -1),
       keys: concat([latent, ropeKey], -1),
       values: latent,
-      finish(output) {
-        const both = groupedMatmul(byHead(output, rank), up, ends); // [heads * n, nope + value]
-        return byToken(slice(both, [0, nopeSize], [heads * n, valueSize]), valueSize);
-      },
-    };
+      finish,
+    });
+    if (keyLines && valueLines) {
+      // Codes of the keys are widened for the length of the pass, those of the values inside the product.
+      const up = floatsOf(keyLines, "kvUp"); // [heads, nope, rank]
+      return form(groupedMatmul(asked, up, ends, { transposed: true }), (output) =>
+        byToken(groupedProduct({ kvUp: valueLines }, "kvUp", byHead(output, rank), ends), valueSize),
+      );
+    }
+    const up = reshape(floatsOf(kvUp, "kvUp"), [heads, upSize, rank]);
+    // The rows of kvUp that make values meet zeros.
+    const rows = pad(asked, [0, 0], [0, valueSize]);
+    return form(groupedMatmul(rows, up, ends, { transposed: true }), (output) => {
+      const both = groupedMatmul(byHead(output, rank), up, ends); // [heads * n, nope + value]
+      return byToken(slice(both, [0, nopeSize], [heads * n, valueSize]), valueSize);
+    });
   };
 
   const run = (params: Tree, { hidden, layout, turns, remember, cached }: AttentionInput): Attended => {
@@ -151,20 +160,32 @@ export function latentAttention(options: LatentAttention, width: number): Attent
   };
 }
 
-/** The matrix [out, in] at params[name] as floats: codes are widened for the length of the pass, and that at every pass. */
-function floats(params: Tree, name: string): Tensor {
-  const w = branch(params, name);
-  if (isTensor(w)) return w;
-  const [content = {}] = Object.values(w as { readonly [form: string]: Tree });
-  const codes = leaf(content, "codes");
-  const rows = codes.shape[0] ?? 0;
-  return lookup(
-    params,
-    name,
-    hostConstant(
-      codes,
-      Int32Array.from({ length: rows }, (_, i) => i),
-      [rows],
-    ),
-  );
+/**
+ * Lines from .. from + size of every head's [upSize, rank], of a matrix held as codes: a stack of such matrices, [heads, size, rank]. Undefined
+ * for other forms, and where blocks that share a scale reach over the cut.
+ */
+function headLines(
+  node: Tree,
+  {
+    heads,
+    upSize,
+    from,
+    size,
+  }: { readonly heads: number; readonly upSize: number; readonly from: number; readonly size: number },
+): Tree | undefined {
+  if (isTensor(node)) return undefined;
+  const [[form = "", content = {}] = []] = Object.entries(node);
+  if (form.startsWith("lora/")) return undefined;
+  const shared = Number(/^fp8\/(\d+)x/.exec(form)?.[1] ?? 1);
+  if ([from, size, upSize].some((lines) => lines % shared !== 0)) return undefined;
+  const parts: Record<string, Tensor> = {};
+  for (const [name, x] of Object.entries(content)) {
+    if (!isTensor(x)) return undefined;
+    const [lines = 0, ...rest] = x.shape;
+    const each = lines / heads; // upSize, or that by the lines which share a scale
+    const [start, count] = [(from * each) / upSize, (size * each) / upSize];
+    const zeros = rest.map(() => 0);
+    parts[name] = slice(reshape(x, [heads, each, ...rest]), [0, start, ...zeros], [heads, count, ...rest]);
+  }
+  return { [form]: parts };
 }

@@ -20,10 +20,11 @@ import {
   maskPlan,
   outputsPerSlot,
   type Router,
+  requireOverrides,
   tokenMask,
 } from "@switchyard/core/moe";
 import type { MixtureAttention } from "../blueprint.ts";
-import { groupedProduct, product } from "../stored-matrix.ts";
+import { groupedProduct, product, withoutLowRank } from "../stored-matrix.ts";
 import { branch, leaf } from "../tree.ts";
 import type { Attended, AttentionInput, AttentionModule } from "./kind.ts";
 
@@ -42,7 +43,9 @@ export function mixtureAttention(options: MixtureAttention, width: number, route
     const { batch, sequence, past, mask } = layout;
     const tokens = batch * sequence;
     const flat = reshape(hidden, [tokens, width]);
-    const decided = router.route(branch(params, "router"), routerInput(flat));
+    const input = routerInput(flat);
+    requireOverrides(router, input);
+    const decided = router.route(withoutLowRank(branch(params, "router")), input);
     if (decided.plan.kind !== "sparse") {
       throw new UnsupportedError(
         `mixture of attention heads: the router gave a "${decided.plan.kind}" plan, which has no slots; use one such as topK`,

@@ -7,7 +7,15 @@ import { type ExpertLayout, expertLayout } from "../expert-layout.ts";
 import type { FolderFiles } from "../files.ts";
 import type { Checkpoint } from "../model.ts";
 import { type ByteSource, quote, readExactly, readHeader } from "../safetensors.ts";
-import { type Advance, type ConvertOptions, type Origin, pieceSize, type SourceTensor, stage } from "./origin.ts";
+import {
+  type Advance,
+  type ConvertOptions,
+  type Listener,
+  type Origin,
+  pieceSize,
+  type SourceTensor,
+  stage,
+} from "./origin.ts";
 import { type Counts, converted } from "./values.ts";
 
 /** A range of bytes of a tensor in the output. */
@@ -245,7 +253,7 @@ export async function checkFiles(
     readonly files: FolderFiles;
     readonly open: (name: string) => Promise<(ByteSource & { close(): Promise<void> }) | undefined>;
   },
-  options: ConvertOptions,
+  options: Listener<"checksums">,
 ): Promise<Omit<ConvertCertificate["files"], "leftOut">> {
   const { read, written, copyNames, files, open } = job;
   const sides = [

@@ -9,7 +9,16 @@ import { readHeader } from "../safetensors.ts";
 export type FloatType = "f32" | "f16" | "bf16";
 export const floatTypes: readonly FloatType[] = ["f32", "f16", "bf16"];
 
-export interface ConvertOptions {
+/** Of everything that writes a checkpoint anew. */
+export interface RewritingOptions {
+  /** Puts the result in the place of what the target folder holds; default false: that folder must be empty or absent. */
+  readonly replace?: boolean;
+  /** Reads files that are links out of the folder; default false. */
+  readonly followLinks?: boolean;
+  readonly signal?: AbortSignal;
+}
+
+export interface ConvertOptions extends RewritingOptions {
   /** Type of all plain floats; quantised weights, their scales and integers stay as they are. Default: as stored. */
   readonly dtype?: FloatType;
   /** Writes the largest finite number where a value is too large for `dtype`, instead of refusing. Default false. */
@@ -18,11 +27,6 @@ export interface ConvertOptions {
   readonly shardBytes?: number;
   /** All experts of a layer in one tensor, or one tensor per expert and matrix. Default: as stored. */
   readonly experts?: "fused" | "separate";
-  /** Puts the result in the place of what the target folder holds; default false: that folder must be empty or absent. */
-  readonly replace?: boolean;
-  /** Reads files that are links out of the folder; default false. */
-  readonly followLinks?: boolean;
-  readonly signal?: AbortSignal;
   onProgress?(progress: ConvertProgress): void;
 }
 
@@ -78,8 +82,14 @@ export async function readOrigin(folder: string, files: FolderFiles, checkpoint:
 
 export type Advance = (bytes: number) => void;
 
+/** Who is told how far a stage is, and may end it. */
+export interface Listener<S extends string> {
+  readonly signal?: AbortSignal;
+  onProgress?(progress: { readonly stage: S; readonly done: number; readonly total: number }): void;
+}
+
 /** Counts bytes of a stage and lets the caller end it. */
-export function stage(name: ConvertProgress["stage"], total: number, { onProgress, signal }: ConvertOptions): Advance {
+export function stage<S extends string>(name: S, total: number, { onProgress, signal }: Listener<S>): Advance {
   let done = 0;
   return (bytes) => {
     signal?.throwIfAborted();

@@ -36,7 +36,7 @@ export function beam({ width = 4, lengthPenalty = 1, earlyStopping = false }: Be
   return {
     name,
     start: (model, rows, decoding) =>
-      rowByRow(rows, (row) => search(model, row, { ...decoding, name, width, lengthPenalty, earlyStopping })),
+      rowByRow(rows, decoding, (row, own) => search(model, row, { ...own, name, width, lengthPenalty, earlyStopping })),
   };
 }
 
@@ -61,8 +61,10 @@ interface Ended {
 }
 
 function search(model: DecodingModel, { prompt, limit }: DecodingRow, settings: Settings): RowState {
-  const { name, width, lengthPenalty, earlyStopping, stopIds, topLogProbabilities } = settings;
-  const passes = new Passes(model, [prompt], settings);
+  // Beams end as many rows, which leave nothing behind: they take nothing either.
+  const { prefix: _, ...own } = settings;
+  const { name, width, lengthPenalty, earlyStopping, stopIds, topLogProbabilities } = own;
+  const passes = new Passes(model, [prompt], own);
   const stops = new Set(stopIds);
   /** Enough that `width` of them go on even if every stop id is among them. */
   const wanted = Math.max(2, 1 + stops.size) * width;

@@ -30,7 +30,7 @@ export function contrastiveSearch(options: ContrastiveSearchOptions = {}): Decod
   return {
     name,
     start: (model, rows, decoding) =>
-      rowByRow(rows, (row) => search(model, row, { ...decoding, name, alpha, candidates })),
+      rowByRow(rows, decoding, (row, own) => search(model, row, { ...own, name, alpha, candidates })),
   };
 }
 

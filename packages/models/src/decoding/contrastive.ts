@@ -33,7 +33,9 @@ export function contrastive({ amateur, sample = false, ...contrasting }: Contras
       }
       const prompts = rows.map(({ prompt }) => prompt);
       const expert = new Passes(model, prompts, { name, ...decoding });
-      const other = new Passes(amateur, prompts, { name: `${name} (amateur)`, ...decoding });
+      // What texts leave behind is the model's.
+      const { prefix: _, numbers: __, ...alone } = decoding;
+      const other = new Passes(amateur, prompts, { name: `${name} (amateur)`, ...alone });
       const source = {
         get sequences() {
           return expert.sequences;

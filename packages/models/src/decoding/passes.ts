@@ -1,11 +1,12 @@
 // Forward passes over growing sequences that share a batch and a cache: what strategies are made of. Private.
-import { ShapeError, type Tensor } from "@switchyard/core";
+import { ShapeError, type Tensor, type TypedArray } from "@switchyard/core";
 import type { RoutingOverride } from "@switchyard/core/moe";
 import { promptChunk } from "../memory.ts";
 import type { KvCache, Watch } from "../model.ts";
 import type { DecodingModel, DecodingOptions } from "./strategy.ts";
 
-export interface PassesOptions extends Pick<DecodingOptions, "prefillChunk" | "cache" | "allowNonCausal" | "signal"> {
+export interface PassesOptions
+  extends Pick<DecodingOptions, "prefillChunk" | "cache" | "prefix" | "allowNonCausal" | "signal" | "numbers"> {
   /** Of the strategy, for messages. */
   readonly name: string;
   /** Per row; default: nothing changes. */
@@ -17,7 +18,7 @@ export class Passes {
   readonly #model: DecodingModel;
   readonly #options: PassesOptions;
   #cache: KvCache | undefined;
-  /** Which row each was at the start: a cache that is made later tells traces so. */
+  /** How traces number the rows: by what each was at the start. */
   #origins: readonly number[];
   #sequences: number[][];
   #override: readonly (RoutingOverride | undefined)[];
@@ -30,7 +31,8 @@ export class Passes {
     this.#sequences = prompts.map((prompt) => [...prompt]);
     this.#override = options.override ?? prompts.map(() => undefined);
     this.#padding = padded(this.#sequences);
-    this.#origins = prompts.map((_, row) => row);
+    const first = options.numbers?.take(prompts.length) ?? 0;
+    this.#origins = prompts.map((_, row) => first + row);
   }
 
   /** Ids so far, prompt included. */
@@ -44,6 +46,7 @@ export class Passes {
    * Throws ShapeError where the context is full, the signal's reason when aborted, an Error for logits that are no numbers.
    */
   async advance(ids?: readonly number[], watch?: Watch): Promise<readonly Float64Array[]> {
+    if (!ids && !watch) this.#takePrefix();
     const twins = ids || watch || !this.#options.cache ? undefined : this.#twins();
     if (!twins) return this.#run(ids, watch);
     // The same prompt many times is run once.
@@ -57,8 +60,8 @@ export class Passes {
     for (const [row, id] of (ids ?? []).entries()) this.#sequences[row]?.push(id);
     const total = this.#fit();
     const { prefillChunk = promptChunk, cache, allowNonCausal, signal } = this.#options;
-    if (this.#outgrown(total)) this.dispose();
-    if (cache) this.#cache ??= this.#newCache();
+    if (this.#outgrown(total)) this.#forget();
+    if (cache) this.#cache ??= this.#model.newCache(this.#sequences.length);
     let at = this.#cache?.length ?? 0;
     for (;;) {
       signal?.throwIfAborted();
@@ -70,6 +73,7 @@ export class Passes {
       try {
         logits = await this.#model.step(input, {
           ...(this.#cache ? { cache: this.#cache } : {}),
+          sequences: this.#origins,
           ...(until < total ? { length: total } : {}),
           ...(this.#padding.some((n) => n > 0) ? { padding: this.#padding } : {}),
           ...(this.#override.some((one) => one !== undefined) ? { override: this.#override } : {}),
@@ -99,17 +103,40 @@ export class Passes {
     this.#origins = from(this.#origins);
   }
 
-  #newCache(): KvCache {
-    const rows = this.#origins;
-    const count = Math.max(...rows) + 1;
-    const cache = this.#model.newCache(count);
-    if (count !== rows.length || rows.some((row, i) => row !== i)) cache.reorder(rows);
-    return cache;
+  /** Frees the cache, or leaves it to later texts. */
+  dispose(): void {
+    const { prefix } = this.#options;
+    const [sequence = []] = this.#sequences;
+    if (prefix && this.#cache && this.#sharesPrefix()) {
+      prefix.give(this.#model, sequence.slice(0, this.#cache.length), this.#cache);
+      this.#cache = undefined;
+    }
+    this.#forget();
   }
 
-  dispose(): void {
+  #forget(): void {
     this.#cache?.dispose();
     this.#cache = undefined;
+  }
+
+  #takePrefix(): void {
+    const { prefix } = this.#options;
+    const [sequence = []] = this.#sequences;
+    if (prefix && !this.#cache && this.#sharesPrefix()) this.#cache = prefix.take(this.#model, sequence);
+  }
+
+  /** Whether what the cache holds is what any other text with these tokens would have there. */
+  #sharesPrefix(): boolean {
+    const { cache, allowNonCausal } = this.#options;
+    const { blueprint } = this.#model;
+    // Of a router that looks at later tokens, those of this text.
+    if (!cache || (allowNonCausal ?? blueprint?.allowNonCausal ?? false)) return false;
+    if (this.#sequences.length !== 1 || this.#override[0] !== undefined) return false;
+    // Longer texts have other angles, and their first keys may have been turned by either.
+    const [sequence = []] = this.#sequences;
+    return (blueprint?.layers ?? []).every(
+      ({ attention: { rope } }) => sequence.length <= (rope.changesAfter ?? Number.POSITIVE_INFINITY),
+    );
   }
 
   /** The first of each kind of row, and the kind of every row; undefined where all differ. */
@@ -134,7 +161,7 @@ export class Passes {
     if (longest > context) {
       throw new ShapeError(`${this.#options.name}: ${longest} tokens, but the context of the model is ${context}`);
     }
-    this.dispose();
+    this.#forget();
     this.#padding = padded(this.#sequences);
     return longest;
   }
@@ -158,16 +185,16 @@ export class Passes {
     return this.#model.engine.tensor(Int32Array.from(ids), [this.#sequences.length, to - from]);
   }
 
-  #rows(data: ArrayLike<number>): Float64Array[] {
+  #rows(data: TypedArray): Float64Array[] {
     const { name } = this.#options;
     const { vocabulary } = this.#model;
     return this.#sequences.map(({ length }, row) => {
-      const logits = new Float64Array(vocabulary);
+      // Typed arrays copy much faster than a loop does.
+      const logits = new Float64Array(data.subarray(row * vocabulary, (row + 1) * vocabulary));
       let top = Number.NEGATIVE_INFINITY;
       let broken = 0;
       for (let i = 0; i < vocabulary; i++) {
-        const z = data[row * vocabulary + i] as number;
-        logits[i] = z;
+        const z = logits[i] as number;
         if (z > top) top = z;
         if (Number.isNaN(z)) broken++;
       }

@@ -17,11 +17,13 @@ export function requireRouting(
   };
   if (model.routing.length === 0) refuse("this model has no router");
   for (const [place, { layer, part }] of model.routing.entries()) {
-    const concerned = overrides.some((one) => one && (one.layers?.includes(layer) ?? true));
+    const concerned = overrides.some(
+      (one) => one && (one.layers?.includes(layer) ?? true) && (one.parts ?? ["feedForward"]).includes(part),
+    );
     const router = model.routers?.[place];
-    if (part !== "feedForward" || !concerned || !router || router.overrides) continue;
+    if (!concerned || !router || router.overrides) continue;
     refuse(
-      `the router of layer ${layer} takes no overrides: it does not choose experts token by token in the order of its scores`,
+      `the router of layer ${layer}${part === "attention" ? " in attention" : ""} takes no overrides: it does not choose experts token by token in the order of its scores`,
     );
   }
 }

@@ -45,7 +45,8 @@ export function selfConsistency(options: SelfConsistencyOptions): DecodingStrate
   }
   return {
     name: "selfConsistency",
-    start: (model, rows, decoding) => rowByRow(rows, (row) => consistent(model, row, { options, samples, decoding })),
+    start: (model, rows, decoding) =>
+      rowByRow(rows, decoding, (row, own) => consistent(model, row, { options, samples, decoding: own })),
   };
 }
 

@@ -47,3 +47,48 @@ it("drops tokens without text that belong to the stop string only", () => {
   expect(count(["a", "", "é", "?"])).toEqual([1, 0, 0, 3]);
   expect(count(["a", "", "", "x"])).toEqual([1, 0, 0, 3]);
 });
+
+it("finds what a search in the whole text finds, wherever tokens end", () => {
+  let state = 7;
+  const next = (n: number): number => {
+    state = (state * 48_271) % 2_147_483_647;
+    return state % n;
+  };
+  const word = (length: number): string => Array.from({ length }, () => "ab"[next(2)]).join("");
+  let ends = 0;
+  for (let trial = 0; trial < 2000; trial++) {
+    const strings = Array.from({ length: 1 + next(3) }, () => word(1 + next(6)));
+    const texts = Array.from({ length: 1 + next(12) }, () => word(next(4)));
+    // The first token with which some string is complete, and of those the first place.
+    let whole = "";
+    let expected: string | undefined;
+    for (const text of texts) {
+      whole += text;
+      const places = strings.map((string) => whole.indexOf(string)).filter((at) => at >= 0);
+      if (places.length === 0) continue;
+      expected = whole.slice(0, Math.min(...places));
+      break;
+    }
+    const { steps, ended, rest = [] } = through(strings, texts);
+    const released = steps.join("").replaceAll("|", "");
+    if (expected === undefined) expect([ended, released + rest.join("")]).toEqual([false, texts.join("")]);
+    else expect([ended, released]).toEqual([true, expected]);
+    ends += ended ? 1 : 0;
+    // What is held back may be the beginning of a string.
+    if (!ended && rest.join("") !== "") {
+      const held = rest.join("");
+      expect(strings.some((string) => [...held].some((_, i) => string.startsWith(held.slice(i))))).toBe(true);
+    }
+  }
+  expect(ends).toBeGreaterThan(500);
+});
+
+it("takes time that grows with the text: tokens without text, and text that nearly ends it", () => {
+  const stops = stopStrings<{ readonly text: string }>([`${"a".repeat(50_000)}b`]);
+  let released = 0;
+  for (let i = 0; i < 200_000; i++) released += stops.push({ text: "" }).released.length;
+  for (let i = 0; i < 40_000; i++) released += stops.push({ text: "a" }).released.length;
+  expect(released).toBe(0);
+  // The square of it would be ten thousand million steps.
+  expect(stops.push({ text: "c" }).released).toHaveLength(240_001);
+}, 20_000);

@@ -4,14 +4,15 @@ import type { Router } from "@switchyard/core/moe";
 import type { Blueprint } from "../blueprint.ts";
 import type { Model } from "../model.ts";
 import type { Tokenizer } from "../tokenizer.ts";
+import type { PrefixCache } from "./prefix-cache.ts";
 
 /** What a strategy runs: every `LanguageModel` and `Transformer`. */
 export interface DecodingModel extends Model {
   readonly engine: Engine;
   /** In the order of `routing`: what does not fit is refused before anything runs. */
   readonly routers?: readonly Pick<Router, "overrides">[];
-  /** Its rotary positions say when a cache must be filled anew. */
-  readonly blueprint?: Pick<Blueprint, "layers">;
+  /** Says when a cache must be filled anew, and when it is of no use to other texts. */
+  readonly blueprint?: Pick<Blueprint, "layers" | "allowNonCausal">;
 }
 
 /** A prompt and what goes with it. */
@@ -37,9 +38,18 @@ export interface DecodingOptions {
   readonly prefillChunk?: number;
   /** false recomputes the whole sequence for each token. */
   readonly cache: boolean;
+  /** What earlier texts left behind, and where this one leaves its own. */
+  readonly prefix?: PrefixCache;
   readonly allowNonCausal?: boolean;
   /** Asked between passes. */
   readonly signal?: AbortSignal;
+  /** Numbers of rows in traces, where prompts are run one after the other; default: each run counts from 0. */
+  readonly numbers?: SequenceNumbers;
+}
+
+export interface SequenceNumbers {
+  /** The first of `count` numbers that no other row has. */
+  take(count: number): number;
 }
 
 export interface TokenProbability {

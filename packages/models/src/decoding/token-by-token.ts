@@ -2,7 +2,7 @@
 // strategies that work on one row at a time. Private.
 import type { Random } from "@switchyard/core";
 import { decoded, type Pick } from "./pick.ts";
-import type { DecodedStep, DecodingOptions, DecodingRow, DecodingState } from "./strategy.ts";
+import type { DecodedStep, DecodingOptions, DecodingRow, DecodingState, SequenceNumbers } from "./strategy.ts";
 
 /** What is known of the next token of a row, `[vocabulary]` each. */
 export interface Said {
@@ -59,9 +59,21 @@ export interface RowState {
   dispose(): void;
 }
 
-/** Runs rows one after the other, each with a state of its own. */
-export function rowByRow(rows: readonly DecodingRow[], start: (row: DecodingRow) => RowState): DecodingState {
-  let states: readonly RowState[] = rows.map(start);
+/** Runs rows one after the other, each with a state of its own, which gets options that tell traces its rows from those of the others. */
+export function rowByRow(
+  rows: readonly DecodingRow[],
+  decoding: DecodingOptions,
+  start: (row: DecodingRow, decoding: DecodingOptions) => RowState,
+): DecodingState {
+  let taken = 0;
+  const counted: SequenceNumbers = {
+    take(count) {
+      taken += count;
+      return taken - count;
+    },
+  };
+  const { numbers = counted } = decoding;
+  let states: readonly RowState[] = rows.map((row) => start(row, { ...decoding, numbers }));
   return {
     async next() {
       const steps: DecodedStep[] = [];

@@ -23,13 +23,6 @@ const fail = (piece: Piece, what: string): never => {
 
 // ---------------------------------------------------------------------------------------------- what is stored
 
-const known = new WeakMap<readonly string[], ReadonlySet<string>>();
-function namesOf({ names }: CheckpointIndex): ReadonlySet<string> {
-  const set = known.get(names) ?? new Set(names);
-  known.set(names, set);
-  return set;
-}
-
 /** Tensors that may stand beside one of this name and hold what activations would be quantised with: ours stay f32. */
 const ofActivations = ["input_scale", "input_zero_point", "output_scale", "output_zero_point"];
 const companions = ["_packed", "_shape", "_scale", "_zero_point", "_g_idx", "_scale_inv", "_blocks", "_scales"];
@@ -41,16 +34,73 @@ const otherNames = ["qweight", "qzeros"];
 const beside = (name: string, other: string): string | undefined =>
   name.endsWith(".weight") ? name.slice(0, -"weight".length) + other : undefined;
 
+const suffixes = [...companions, ...foreign];
+const activationEndings: ReadonlySet<string> = new Set(ofActivations.map((one) => `.${one}`));
+
+/** What stands in a checkpoint. Gathered once: a model has tens of thousands of pieces, and a dozen names may stand beside each. */
+interface Inventory {
+  readonly names: ReadonlySet<string>;
+  /** The names that end with a suffix of quantised forms: by what stands before it, and by the suffix. */
+  readonly stems: ReadonlyMap<string, ReadonlyMap<string, string>>;
+  /** Tensors of activations, by the weight beside which they stand. */
+  readonly activations: ReadonlyMap<string, readonly string[]>;
+}
+
+const known = new WeakMap<readonly string[], Inventory>();
+
+function inventoryOf({ names }: CheckpointIndex): Inventory {
+  const before = known.get(names);
+  if (before) return before;
+  const stems = new Map<string, Map<string, string>>();
+  const activations = new Map<string, string[]>();
+  // No suffix has a dot but in front: a name's last part says which it has, and there are few of those.
+  const endings = new Map<string, readonly string[]>();
+  for (const name of names) {
+    const dot = Math.max(name.lastIndexOf("."), 0);
+    const last = name.slice(dot);
+    let found = endings.get(last);
+    if (!found) {
+      found = suffixes.filter((suffix) => last.endsWith(suffix));
+      endings.set(last, found);
+    }
+    for (const suffix of found) {
+      const stem = name.slice(0, name.length - suffix.length);
+      const own = stems.get(stem);
+      if (own) own.set(suffix, name);
+      else stems.set(stem, new Map([[suffix, name]]));
+    }
+    if (!activationEndings.has(last)) continue;
+    const weight = `${name.slice(0, dot)}.weight`;
+    activations.set(weight, [...(activations.get(weight) ?? []), name]);
+  }
+  const made = { names: new Set(names), stems, activations };
+  known.set(names, made);
+  return made;
+}
+
+const namesOf = (index: CheckpointIndex): ReadonlySet<string> => inventoryOf(index).names;
+const nothing: ReadonlyMap<string, string> = new Map();
+/** What stands beside a tensor, by suffix. */
+const besideOf = (index: CheckpointIndex, name: string): ReadonlyMap<string, string> =>
+  inventoryOf(index).stems.get(name) ?? nothing;
+
 /** The stored tensors that belong to a piece: itself, or its codes and scales, with what belongs to its activations. */
 export function pieceNames({ name }: Piece, index: CheckpointIndex): string[] {
-  const names = namesOf(index);
-  const possible = [name, ...companions.map((suffix) => name + suffix)];
-  for (const other of ofActivations) possible.push(beside(name, other) ?? name);
-  return [...new Set(possible)].filter((one) => names.has(one));
+  const { names, stems, activations } = inventoryOf(index);
+  const found = names.has(name) ? [name] : [];
+  const here = stems.get(name);
+  if (here) {
+    for (const suffix of companions) {
+      const one = here.get(suffix);
+      if (one !== undefined) found.push(one);
+    }
+  }
+  const more = activations.get(name);
+  return more ? [...found, ...more] : found;
 }
 
 /** Rows of a stored tensor [of?, total, ...] that a piece is made of. */
-interface Rows {
+export interface Rows {
   /** Entries of the first axis before ours, where experts are stacked. */
   readonly entry: number;
   /** Rows of one entry. */
@@ -66,7 +116,8 @@ interface Rows {
 
 const isCount = (x: number): boolean => Number.isSafeInteger(x) && x >= 0;
 
-function rowsOf(piece: Piece): Rows {
+/** Where the rows of a piece are stored. Throws CheckpointError for rows and entries that cannot be. */
+export function rowsOf(piece: Piece): Rows {
   const { shape, index, of, rows, alternating = false } = piece;
   const [out] = shape;
   if (out === undefined || !shape.every(isCount)) return fail(piece, `[${shape}] is no shape of rows`);
@@ -98,17 +149,31 @@ interface Checked {
 const withEntries = ({ of }: Piece, shape: readonly number[]): readonly number[] =>
   of === undefined ? shape : [of, ...shape];
 
+const isEqual = (a: readonly number[], b: readonly number[]): boolean =>
+  a.length === b.length && a.every((d, i) => d === b[i]);
+
 function expectStored(
   index: CheckpointIndex,
   piece: Piece,
   name: string,
   dtypes: readonly string[],
   ...shapes: readonly (readonly number[])[]
-): { readonly shape: readonly number[]; readonly dtype: string } {
-  const found = index.stored(name);
-  const wanted = shapes.map((shape) => withEntries(piece, shape).join(", "));
-  if (!dtypes.includes(found.dtype) || !wanted.includes(found.shape.join(", "))) {
-    const [types, sizes] = [dtypes.join(" or "), wanted.map((shape) => `[${shape}]`).join(" or ")];
+): Found {
+  return expectFound(index.stored(name), piece, name, dtypes, ...shapes);
+}
+
+type Found = ReturnType<CheckpointIndex["stored"]>;
+
+function expectFound(
+  found: Found,
+  piece: Piece,
+  name: string,
+  dtypes: readonly string[],
+  ...shapes: readonly (readonly number[])[]
+): Found {
+  const wanted = shapes.map((shape) => withEntries(piece, shape));
+  if (!dtypes.includes(found.dtype) || !wanted.some((shape) => isEqual(shape, found.shape))) {
+    const [types, sizes] = [dtypes.join(" or "), wanted.map((shape) => `[${shape.join(", ")}]`).join(" or ")];
     throw new CheckpointError(
       `tensor ${quote(name)} is ${found.dtype} [${found.shape.join(", ")}], but config.json asks for ${types} ${sizes}`,
     );
@@ -118,9 +183,13 @@ function expectStored(
 
 function check(index: CheckpointIndex, piece: Piece): Checked {
   const { name } = piece;
-  const names = namesOf(index);
+  const { names } = inventoryOf(index);
   const rows = rowsOf(piece);
-  const has = (suffix: string): boolean => names.has(name + suffix);
+  const here = besideOf(index, name);
+  const has = (suffix: string): boolean => (suffix === "" ? names.has(name) : here.has(suffix));
+  // Most pieces: floats with nothing beside them.
+  const found = here.size === 0 && names.has(name) ? index.stored(name) : undefined;
+  if (found && floatTypes.has(found.dtype)) return floats(index, piece, rows, found);
   const forms = ["", "_packed", "_blocks"].filter(has);
   if (forms.length > 1)
     return fail(piece, `it is stored more than once: ${forms.map((suffix) => quote(name + suffix)).join(", ")}`);
@@ -143,7 +212,7 @@ function check(index: CheckpointIndex, piece: Piece): Checked {
   const stray = companions.find(has);
   if (stray !== undefined && floatTypes.has(dtype))
     return fail(piece, `it is ${dtype}, but ${quote(name + stray)} stands beside it, as for a quantised tensor`);
-  return floats(index, piece, rows);
+  return floats(index, piece, rows, index.stored(name));
 }
 
 // ---------------------------------------------------------------------------------------------- bytes
@@ -195,10 +264,10 @@ const floatTypes: ReadonlyMap<string, { readonly dtype: HostFloats["dtype"]; rea
   ["F64", { dtype: "f32", bytes: 8 }],
 ]);
 
-function floats(index: CheckpointIndex, piece: Piece, rows: Rows): Checked {
+function floats(index: CheckpointIndex, piece: Piece, rows: Rows, stored: Found): Checked {
   const { name, shape, transposed = false } = piece;
   const [out = 0, ...rest] = shape;
-  const found = index.stored(name).dtype;
+  const { dtype: found } = stored;
   const type = floatTypes.get(found);
   if (!type) {
     const { method } = quantizationOf(index.config);
@@ -207,7 +276,7 @@ function floats(index: CheckpointIndex, piece: Piece, rows: Rows): Checked {
   }
   if (transposed && shape.length !== 2) return fail(piece, `[${shape}] cannot be stored transposed: it is no matrix`);
   const inner = rest.reduce((n, d) => n * d, 1);
-  expectStored(index, piece, name, [found], transposed ? [inner, rows.total] : [rows.total, ...rest]);
+  expectFound(stored, piece, name, [found], transposed ? [inner, rows.total] : [rows.total, ...rest]);
   const read = async (checkpoint: Checkpoint): Promise<Uint8Array> => {
     if (transposed) {
       const whole = { from: 0, to: inner, bytes: rows.total * type.bytes };
@@ -351,11 +420,13 @@ function schemeOf(
   const fitting = new Map<string, Scheme & Grid>();
   for (const scheme of schemes) {
     const grid = gridOf(scheme, total, inner);
-    const shapes = gridShapes(grid, total, inner).map((shape) => withEntries(piece, shape).join());
-    if (!fits(scheme) || !shapes.includes(found.shape.join())) continue;
+    if (!fits(scheme)) continue;
+    const shapes = gridShapes(grid, total, inner);
+    if (!shapes.some((shape) => isEqual(withEntries(piece, shape), found.shape))) continue;
     fitting.set([scheme.bits, scheme.symmetric, grid.rows, grid.group].join(), { ...scheme, ...grid });
   }
   const [first, ...more] = fitting.values();
+  if (first && more.length === 0) return first;
   const what = `${quote(scale)} is ${found.dtype} [${found.shape.join(", ")}]`;
   if (!first)
     return fail(
@@ -365,12 +436,10 @@ function schemeOf(
           ? `quant_method ${quote(method)} has no scales that are known here`
           : schemes.map(show).join("; ")),
     );
-  if (more.length > 0)
-    return fail(
-      piece,
-      `${what}, which fits several entries of config.json: ${[...fitting.values()].map(show).join("; ")}`,
-    );
-  return first;
+  return fail(
+    piece,
+    `${what}, which fits several entries of config.json: ${[...fitting.values()].map(show).join("; ")}`,
+  );
 }
 
 const show = ({ type, bits, symmetric, rows, group }: Scheme): string =>
@@ -408,7 +477,7 @@ function coarsest(rows: Rows, out: number, block: number): number {
 function scaled(index: CheckpointIndex, piece: Piece, rows: Rows): Checked {
   const { name, shape, transposed = false } = piece;
   const [out = 0, inner = 0] = shape;
-  const names = namesOf(index);
+  const here = besideOf(index, name);
   const { dtype } = index.stored(name);
   const { method } = quantizationOf(index.config);
   if (shape.length !== 2 || transposed)
@@ -419,12 +488,13 @@ function scaled(index: CheckpointIndex, piece: Piece, rows: Rows): Checked {
   expectStored(index, piece, name, [dtype], [rows.total, inner]);
   const float = dtype === "F8_E4M3";
   const [suffix, other] = float && method === "fp8" ? ["_scale_inv", "_scale"] : ["_scale", "_scale_inv"];
-  const [scale, zero] = [`${name}${suffix}`, `${name}_zero_point`];
-  if (!names.has(scale)) {
-    const instead = names.has(`${name}${other}`) ? ` (there is ${quote(`${name}${other}`)})` : "";
-    return fail(piece, `it is ${dtype} and has no ${quote(scale)}${instead}; quant_method is ${quote(method)}`);
+  const [scale, zero] = [here.get(suffix), here.get("_zero_point") ?? ""];
+  if (scale === undefined) {
+    const instead = here.has(other) ? ` (there is ${quote(`${name}${other}`)})` : "";
+    const wanted = quote(`${name}${suffix}`);
+    return fail(piece, `it is ${dtype} and has no ${wanted}${instead}; quant_method is ${quote(method)}`);
   }
-  const hasZeros = names.has(zero);
+  const hasZeros = here.has("_zero_point");
   const scheme = schemeOf(index, piece, {
     total: rows.total,
     inner,

@@ -4,8 +4,9 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { decodingStrategies } from "../decoding/strategies.ts";
 import { fileSource } from "../files.ts";
-import { generate, generateBatch } from "../generate.ts";
+import { type GenerationOptions, generate, generateBatch } from "../generate.ts";
 import { makeEngine } from "../models.test-util.ts";
 import { loadModel } from "../pretrained.ts";
 import { readTrace } from "./reader.ts";
@@ -20,7 +21,12 @@ beforeAll(async () => {
 afterAll(() => rm(folder, { recursive: true, force: true }));
 const fixture = (name: string): string => fileURLToPath(new URL(`../../test/fixtures/${name}`, import.meta.url));
 
-async function record(name: string, prompts: readonly (readonly number[])[], ends?: number) {
+async function record(
+  name: string,
+  prompts: readonly (readonly number[])[],
+  ends?: number,
+  strategy: Partial<GenerationOptions> = { temperature: 0 },
+) {
   const engine = makeEngine();
   const { model, close } = await loadModel(fixture(name), { engine });
   const stop = ends === undefined ? [] : [ends];
@@ -29,7 +35,7 @@ async function record(name: string, prompts: readonly (readonly number[])[], end
   const held = engine.live();
   const made: number[][] = prompts.map(() => []);
   const recording = traced(model, recorder);
-  for await (const { row, id } of generateBatch(recording, { prompts, maxNew: 4, temperature: 0, stop }))
+  for await (const { row, id } of generateBatch(recording, { prompts, maxNew: 4, stop, ...strategy }))
     made[row]?.push(id);
   await recorder.close();
   expect(engine.live()).toBe(held);
@@ -108,6 +114,36 @@ describe("traced", () => {
     // The prompt once, what follows for each.
     expect(of(0)).toEqual([5, 6, 7, ...(made[0] ?? []).slice(0, -1).flatMap((id) => [id, id])]);
     await close();
+  });
+
+  it("numbers prompts that run one after the other, and all samples of each", async () => {
+    const prompts = [
+      [5, 6, 7],
+      [10, 11],
+    ];
+    const { beam, contrastiveSearch, selfConsistency, selfContrast } = decodingStrategies;
+    // Of each number, the ids at the first positions.
+    const starts = async (options: Partial<GenerationOptions>): Promise<Record<number, number[]>> => {
+      const { tokens, close } = await record("mixtral", prompts, undefined, options);
+      await close();
+      const found: Record<number, number[]> = {};
+      for (const { sequence, position, token } of tokens) {
+        const own = found[sequence] ?? [];
+        found[sequence] = own;
+        if (position >= 0 && position < 2) own[position] = token;
+      }
+      return found;
+    };
+    for (const strategy of [beam({ width: 2 }), contrastiveSearch({ candidates: 2 })]) {
+      expect(await starts({ strategy })).toEqual({ 0: [5, 6], 1: [10, 11] });
+      expect(await starts({ strategy, cache: false })).toEqual({ 0: [5, 6], 1: [10, 11] });
+    }
+    const answer = () => "same";
+    // Samples begin alike, and have the number of the first one.
+    expect(await starts({ strategy: selfConsistency({ answer, samples: 3 }) })).toEqual({ 0: [5, 6], 3: [10, 11] });
+    // Strong and weak rows of two samples.
+    const strategy = selfConsistency({ answer, samples: 2, strategy: selfContrast({ sample: true }) });
+    expect(await starts({ strategy })).toEqual({ 0: [5, 6], 2: [5, 6], 4: [10, 11], 6: [10, 11] });
   });
 
   it("refuses a step that is recorded otherwise", async () => {

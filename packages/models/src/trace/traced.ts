@@ -6,8 +6,9 @@ import type { TraceRecorder } from "./recorder.ts";
 /**
  * The same model; each call of `step` becomes a pass of the recorder (made with `routing: model.routing`). `sequences` numbers the rows
  * of a batch as the trace shall have them, by default 0, 1, 2, ...; a row keeps its number when others leave the batch. Rows with the same
- * prompt are run as one until it ends, and all have the number of the first. A strategy that runs several rows for one text (beams, strong
- * and weak) has them all recorded. Throws UnsupportedError for a step with a trace or a mask of its own.
+ * prompt are run as one until it ends, and all have the number of the first. A strategy that runs several rows for one text (strong
+ * and weak) has them all recorded. Prompts that run one after the other (beam, contrastiveSearch, selfConsistency) are numbered in their
+ * order, those of self-consistency with as many numbers as each has samples. Throws UnsupportedError for a step with a trace or a mask of its own.
  *
  * @example
  * const recorder = traceRecorder(await traceFile("run.trace"), { model: { name: "olmoe" }, routing: model.routing });
@@ -40,7 +41,7 @@ export function traced<M extends Model>(
               ),
             }
           : {}),
-        sequences: (given.cache?.origins ?? Array.from({ length: batch }, (_, row) => row)).map(
+        sequences: (given.sequences ?? given.cache?.origins ?? Array.from({ length: batch }, (_, row) => row)).map(
           (row) => options.sequences?.[row] ?? row,
         ),
       });

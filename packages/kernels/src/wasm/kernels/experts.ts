@@ -4,10 +4,9 @@ import { at, type Device, elementBytes, type Input, lastOf, only, rowsOf, sizeOf
 import type { Block } from "../heap.ts";
 import { FEW_ROWS, type Job, kindOf, MAX_COLUMNS, multiply, rowsPerTask, runTasks } from "./matmul.ts";
 
-/** Hidden units of a task of the SwiGLU kernels: the gate and up columns of a packed block; rows of dot products, on several threads and on one. */
+/** Hidden units of a task of the packed SwiGLU kernel, its gate and up columns being one block; of a unit of the one of dot products. */
 const PACKED_UNITS = MAX_COLUMNS / 2;
 const DOT_UNITS = 16;
-const DOT_UNITS_ALONE = 128;
 
 /** Stable counting sort of the slots of ids [t, k]; the results are addresses. */
 function dispatch(
@@ -32,7 +31,6 @@ type Primitive = "blockEnds";
 export function expertKernels(
   device: Device,
 ): Readonly<Record<string, Kernel<Block>>> & { readonly [P in Primitive]: Kernel<Block> } {
-  const dotUnits = device.threads === 1 ? DOT_UNITS_ALONE : DOT_UNITS;
   const combine = (out: number, weights: Input, slots: number, bound: number, y: number, n: number): void => {
     const [tokens, k] = [rowsOf(weights), lastOf(weights)];
     const block = tokenBlock(device, tokens);
@@ -120,20 +118,21 @@ export function expertKernels(
         const [few, many]: [number[], number[]] = [[], []];
         let flops = 0;
         for (const { e, from, m } of blocks) {
-          const dots = m <= FEW_ROWS;
-          const step = dots ? m : rowsPerTask(device, m, 2 * units, blocks.length);
-          const columns = dots ? dotUnits : PACKED_UNITS;
-          const tasks = dots ? few : many;
-          for (let r = 0; r < m; r += step) {
-            for (let j = 0; j < units; j += columns) {
-              const w = gateUp.handle.ptr + (2 * e * units + j) * lineG;
-              const c = inner + ((from + r) * units + j) * 4;
-              tasks.push(rows + (from + r) * 4, Math.min(step, m - r), width, w, Math.min(columns, units - j), c, 0);
+          const w = gateUp.handle.ptr + 2 * e * units * lineG;
+          const [a, c] = [rows + from * 4, inner + from * units * 4];
+          if (m <= FEW_ROWS) few.push(a, m, width, w, units, c, 0);
+          else {
+            const step = rowsPerTask(device, m, 2 * units, blocks.length);
+            for (let r = 0; r < m; r += step) {
+              for (let j = 0; j < units; j += PACKED_UNITS) {
+                const [own, columns] = [Math.min(step, m - r), Math.min(PACKED_UNITS, units - j)];
+                many.push(a + r * 4, own, width, w + j * lineG, columns, c + (r * units + j) * 4, 0);
+              }
             }
           }
           flops += 4 * m * width * units;
         }
-        runTasks(device, "dotsSwiglu", few, job, flops / 8);
+        runTasks(device, "dotsSwiglu", few, { ...job, split: { columns: units, part: DOT_UNITS } }, flops / 8);
         runTasks(device, "multiplySwiglu", many, job, flops / 30);
         multiply(
           device,

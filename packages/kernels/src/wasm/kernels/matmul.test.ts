@@ -47,6 +47,8 @@ describe.each(["relaxed", "plain"] as const)("matmul, %s", (variant) => {
   // Rows below, at and above the change from dots to panels; columns and k around the tile, the panel, the task and the block of k.
   const sizes = [
     [1, 9, 2050],
+    [1, 77, 2052],
+    [1, 8, 4],
     [2, 33, 513],
     [3, 8, 4],
     [19, 130, 7],
@@ -131,6 +133,23 @@ describe.each(["relaxed", "plain"] as const)("matmul, %s", (variant) => {
       expect(worst(z ?? [], back)).toBeLessThan(2e-6);
     }
   });
+
+  it.each(["f32", "bf16", "f16"] as const)(
+    "one row: a column has the same bits alone and among others, %s",
+    (dtype) => {
+      // Eight columns at a time, then four; two blocks of k.
+      const [n, k] = [45, 2056];
+      const [x, bias] = [uniform(1, 1, k), uniform(3, n)];
+      const w = converted(backend, uniform(2, n, k), dtype);
+      const [y] = call(backend, "linear", [x, w, bias], [f32(1, n)]);
+      const alone = Array.from({ length: n }, (_, j) => {
+        const line = { ...w, shape: [1, k], data: w.data.slice(j * k, (j + 1) * k) };
+        const own = { ...bias, shape: [1], data: bias.data.slice(j, j + 1) };
+        return call(backend, "linear", [x, line, own], [f32(1, 1)])[0]?.[0];
+      });
+      expect([...(y ?? [])]).toEqual(alone);
+    },
+  );
 
   it("loses little precision in long sums", () => {
     const k = 8192;

@@ -11,7 +11,7 @@ export const MAX_COLUMNS = 128;
 const MAX_ROWS = PANEL * 40;
 /** Up to this many rows, products with weights stored [n, k] run on dot products without packing. */
 export const FEW_ROWS = 24;
-/** Columns of a task of dot products that threads share. One thread alone takes MAX_COLUMNS: writing tasks takes time, too. */
+/** Columns of a unit of dot products, a multiple of 8. */
 const DOT_COLUMNS = 32;
 /** Bytes of scratch a thread needs: a packed block of B, an edge tile, and the SwiGLU block of MAX_ROWS rows. */
 export const SCRATCH = 256 * MAX_COLUMNS * 4 + MAX_COLUMNS * 8 + PANEL * 8 * 4 + MAX_ROWS * MAX_COLUMNS * 4 + 1024;
@@ -54,6 +54,8 @@ export interface Job {
   readonly gathered?: number;
   /** Bytes from a gate row to its up row. */
   readonly half?: number;
+  /** Dot products: columns of all tasks, and of a unit. Without it, a unit is a whole task. */
+  readonly split?: { readonly columns: number; readonly part: number };
 }
 /** Words of a task: a, m, k, b, n, c, bias. */
 const TASK = 7;
@@ -61,9 +63,11 @@ const TASK = 7;
 /** Runs one of the wasm kernels over tasks. */
 export function runTasks(device: Device, kernel: string, tasks: readonly number[], job: Job, cost: number): void {
   if (tasks.length === 0) return;
-  const { lda, ldb, ldc, kind, columns, packed, gathered = 0, half = 0 } = job;
+  const { lda, ldb, ldc, kind, columns, packed, gathered = 0, half = 0, split } = job;
+  const parts = split ? Math.ceil(split.columns / split.part) : 1;
   const words = [device.table(tasks), lda, ldb, ldc, kind, columns ? 1 : 0, packed ? 1 : 0, gathered, half];
-  device.launch(kernel, words, tasks.length / TASK, cost);
+  words.push(split?.part ?? 0, parts);
+  device.launch(kernel, words, (tasks.length / TASK) * parts, cost);
 }
 
 /** c = a b (+ bias) for every product of the list. */
@@ -76,14 +80,10 @@ export function multiply(device: Device, products: readonly Product[], layout: L
   const flops = (list: readonly Product[]): number => list.reduce((sum, p) => sum + 2 * p.m * p.k * n, 0);
 
   const dots: number[] = [];
-  const most = device.threads === 1 ? MAX_COLUMNS : DOT_COLUMNS;
-  for (const p of few) {
-    for (let j = 0; j < n; j += most) {
-      dots.push(p.a, p.m, p.k, p.b + j * ldb, Math.min(most, n - j), p.c + 4 * j, bias && bias + 4 * j);
-    }
-  }
+  for (const p of few) dots.push(p.a, p.m, p.k, p.b, n, p.c, bias);
   // One row is bound by memory, not by arithmetic.
-  runTasks(device, "dots", dots, job, flops(few) / 8);
+  runTasks(device, "dots", dots, { ...job, split: { columns: n, part: DOT_COLUMNS } }, flops(few) / 8);
+  if (many.length === 0) return;
 
   const packed = transposedA ? packColumns(device, many, lda) : undefined;
   const stepB = columnsB ? (kindB === 0 ? 4 : 2) : ldb;

@@ -81,7 +81,7 @@ function multiply(
   });
   const run = (kernel: string, tasks: readonly number[], cost: number): void => {
     if (tasks.length === 0) return;
-    const job = [device.table(tasks), length * 4, bytes, lines * 4, w.kind, 0, 0, 0, 0, ...w.words];
+    const job = [device.table(tasks), length * 4, bytes, lines * 4, w.kind, 0, 0, 0, 0, 0, 1, ...w.words];
     device.launch(kernel, job, tasks.length / TASK, cost);
   };
   run("storedDots", few, work.few / 6);
@@ -108,7 +108,7 @@ export function quantizedKernels(device: Device): { readonly [F in Family]: Kern
         const y = device.result(spec);
         const w = stored(codes, scales, zeros, attrs);
         if (w.length === 0) return [y];
-        const job = [0, 0, w.bytes, 0, w.kind, 0, 0, 0, 0, ...w.words, codes.handle.ptr, w.length, y.ptr];
+        const job = [0, 0, w.bytes, 0, w.kind, 0, 0, 0, 0, 0, 1, ...w.words, codes.handle.ptr, w.length, y.ptr];
         device.launch("widenLines", job, rowsOf(codes), sizeOf(spec.shape));
         return [y];
       },

@@ -83,7 +83,7 @@ export function shapeKernels(
   device: Device,
 ): Readonly<Record<string, Kernel<Block>>> & { readonly [P in Primitive]: Kernel<Block> } {
   return {
-    reshape: ([x]) => (x ? [x.handle] : []),
+    reshape: Object.assign<Kernel<Block>, { view: true }>(([x]) => (x ? [x.handle] : []), { view: true }),
 
     transpose: device.kernel("transpose", ([x], [spec], { perm }) => {
       if (!x || !spec) return [];
