@@ -38,10 +38,7 @@ const policies: readonly StreamPolicy[] = ["lru", "lfu", "prefetch"];
  * Reads what loading must read, by large reads of neighbouring tensors into one buffer that is there already: nothing that loads the
  * model can be faster than that.
  */
-async function reading(
-  folder: string,
-  streamed: boolean,
-): Promise<Pick<StreamingSubject, "loadedBytes" | "readOnly">> {
+async function reading(folder: string, streamed: boolean): Promise<Pick<StreamingSubject, "loadedBytes" | "readOnly">> {
   const file = join(folder, "model.safetensors");
   const source = await fileSource(file);
   if (!source) throw new Error(`there is no ${file}`);

@@ -1,6 +1,7 @@
 // Routers by name, and the experts that keep the active parameters equal.
 import { UnsupportedError } from "@switchyard/core";
 import { describe, expect, test } from "vitest";
+import { savedRouter } from "./model-arguments.ts";
 import {
   allNamed,
   causalRouters,
@@ -35,6 +36,13 @@ describe("routerFrom", () => {
     ["expertRace:training=compete", "chooses by looking at later tokens"],
   ])("%s is refused", async (specification, message) => {
     await expect(routerFrom(specification)).rejects.toThrow(message);
+  });
+
+  test.each(causalRouters())("%s is found again by what a saved model says of it", async (name) => {
+    const { plugin } = await routerFrom(name);
+    const router = { name: plugin.name, options: plugin.options ?? null };
+    const saved = savedRouter({ model_type: "switchyard", router });
+    expect((await routerFrom(saved ?? "")).plugin.options).toEqual(plugin.options);
   });
 
   test("the same router twice is refused, with other options it is another", async () => {

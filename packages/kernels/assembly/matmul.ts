@@ -479,8 +479,14 @@ function dotRows<T>(
   }
 }
 
+/** c[count] (+)= the first lanes of x, four at most. */
 @inline
 export function finish(c: usize, x: v128, count: i32, add: bool): void {
+  putLanes(c, x, count, add);
+}
+
+/** Not inlined: it comes once per four lines, and its code is long. */
+function putLanes(c: usize, x: v128, count: i32, add: bool): void {
   if (!add) storeTail(c, x, count);
   else if (count > 3) v128.store(c, f32x4.add(v128.load(c), x));
   else storeTail(c, f32x4.add(loadTail<f32>(c, count), x), count);
@@ -505,7 +511,7 @@ export function dots2<T>(
 
 /**
  * c[8] (+)= row a times 8 rows of B, k long. One row alone waits for memory: eight streams of reads keep more of them under way than four,
- * and every sum is the one that dots1 makes.
+ * and every sum is the one that dots1 makes. f16 waits for its widening, and the plain build does without: bytes count.
  */
 function dots8<T>(a: usize, b: usize, ldb: usize, k: i32, c: usize, add: bool): void {
   const p1 = b + ldb;
@@ -555,7 +561,7 @@ function dotBlock<T>(job: Product, task: Task, b: usize, n: i32, c: usize, ldc: 
       }
       if (r < m) {
         const a = rowOf(job, task, r) + at;
-        if (count == 8 && (length & 3) == 0) dots8<T>(a, p, <usize>job.ldb, length, to, sum);
+        if (ASC_FEATURE_RELAXED_SIMD && (isFloat<T>() || !isSigned<T>()) && count == 8 && (length & 3) == 0) dots8<T>(a, p, <usize>job.ldb, length, to, sum);
         else dots1<T>(a, p, <usize>job.ldb, count, length, to, sum);
       }
     }

@@ -1,11 +1,13 @@
 // A bound on the time of code that came with a file: a regular expression may go through all ways of matching a text, for years. Node only.
-import type { Context, Script } from "node:vm";
+type Vm = typeof import("node:vm");
 
 interface Sandbox {
   act?: (() => void) | undefined;
 }
 
-let ready: { readonly script: Script; readonly context: Context & Sandbox } | undefined;
+let ready:
+  | { readonly script: InstanceType<Vm["Script"]>; readonly context: ReturnType<Vm["createContext"]> & Sandbox }
+  | undefined;
 
 /** The engine's own watch, which also ends what runs inside a regular expression. Undefined outside Node, and before 22.3. */
 function watched(): typeof ready {

@@ -435,11 +435,11 @@ export async function readChatTemplate(
   checkpoint: Pick<OpenCheckpoint, "json" | "text">,
   named: Readonly<Record<string, string>> = {},
 ): Promise<ChatTemplate> {
-  return chatTemplate({
-    named,
-    config: await checkpoint.json("tokenizer_config.json"),
-    jinja: await checkpoint.text("chat_template.jinja"),
-    json: await checkpoint.json("chat_template.json"),
-    specialTokens: await checkpoint.json("special_tokens_map.json"),
-  });
+  const [config, jinja, json, specialTokens] = await Promise.all([
+    checkpoint.json("tokenizer_config.json"),
+    checkpoint.text("chat_template.jinja"),
+    checkpoint.json("chat_template.json"),
+    checkpoint.json("special_tokens_map.json"),
+  ]);
+  return chatTemplate({ named, config, jinja, json, specialTokens });
 }

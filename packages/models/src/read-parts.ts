@@ -38,7 +38,7 @@ interface Stretch {
 /** Bytes of one read from a file on disk: of the size of a processor's cache. */
 const fileRead = 2 ** 20;
 /** Bytes of one read into the place of a part, and of parts for which that is worth a read of their own. */
-const directRead = 2 ** 21;
+const directRead = 2 ** 23;
 const directFrom = 2 ** 17;
 /** And where every read makes a buffer of its own, perhaps over a network. */
 const otherRead = 2 ** 23;

@@ -176,3 +176,11 @@ describe("readTokenizer", () => {
     await expect(read({ "tokenizer.json": "{}" })).rejects.toThrow(CheckpointError);
   });
 });
+
+it("says so where a text is too long for the library", () => {
+  const { tokenizer: content, config } = kinds.find(({ name }) => name === "unigram") as Kind;
+  const own = tokenizer({ tokenizer: content, config });
+  expect(own.encode("a".repeat(20_000)).length).toBeGreaterThan(10_000);
+  expect(() => own.encode("a".repeat(400_000))).toThrow(ShapeError);
+  expect(() => own.encode("a".repeat(400_000))).toThrow(/400000 characters is too long for this kind of tokenizer/);
+});

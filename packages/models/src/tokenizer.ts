@@ -300,8 +300,20 @@ export function tokenizer(files: TokenizerFiles): Tokenizer {
     ? bounded
     : (_, act) => act();
 
+  const encodedByLibrary = (text: string) => {
+    try {
+      return library.encode(text, { add_special_tokens: false });
+    } catch (cause) {
+      // It hands the tokens of a word over as arguments, of which there may be some 100,000.
+      if (!(cause instanceof RangeError)) throw cause;
+      throw new ShapeError(
+        `tokenizer: a text of ${text.length} characters is too long for this kind of tokenizer; encode it in pieces`,
+        { cause },
+      );
+    }
+  };
   const encodeWithLibrary = (text: string): Int32Array => {
-    const { ids, tokens } = guarded(text.length, () => library.encode(text, { add_special_tokens: false }));
+    const { ids, tokens } = guarded(text.length, () => encodedByLibrary(text));
     if (!unigramBytes) return Int32Array.from(ids);
     // The library gives an unknown piece as it stands in the text; its bytes are tokens.
     return Int32Array.from(
@@ -440,8 +452,9 @@ export async function readTokenizer(checkpoint: Pick<OpenCheckpoint, "json" | "h
     const config = await checkpoint.json("tokenizer_config.json");
     return { tokenizer: tokenizer({ tokenizer: content, config: config ?? {} }) };
   }
-  for (const [name, kind] of others) {
-    if (!(await checkpoint.has(name))) continue;
+  const present = await Promise.all(others.map(([name]) => checkpoint.has(name)));
+  for (const [i, [name, kind]] of others.entries()) {
+    if (!present[i]) continue;
     return {
       withoutTokenizer:
         `the checkpoint has ${name} (${kind}) but no tokenizer.json. Make one with Python's Transformers: ` +

@@ -32,10 +32,16 @@ test("of short texts a whole window is held out, at the end of the longest one",
   expect(heldOut.map(({ ids }) => Array.from(ids))).toEqual([count(25, 30)]);
 });
 
-test("a single held-out token foretells nothing and is left out", () => {
-  const { heldOut, files } = cutText(material(count(0, 90), count(100, 110)), how);
-  expect(files[1]?.heldOut).toBe(1);
+test("a single held-out token foretells nothing and is trained on; a window is held out all the same", () => {
+  const { training, heldOut, files } = cutText(material(count(0, 90), count(100, 110)), how);
+  expect(files[1]?.heldOut).toBe(0);
+  expect(Array.from(training)).toEqual([...count(0, 81), ...count(100, 110)]);
   expect(heldOut.map(({ ids }) => Array.from(ids))).toEqual([count(81, 90)]);
+  // A tenth of every file, more than a window in all, and yet nothing that could be measured.
+  const many = Array.from({ length: 9 }, (_, i) => count(20 * i, 20 * i + 10));
+  const cut = cutText(material(...many), how);
+  expect(cut.heldOut.map(({ ids }) => Array.from(ids))).toEqual([count(5, 10)]);
+  expect(cut.training).toHaveLength(90 - 5);
 });
 
 test("a text that is just long enough is taken; one token less is refused with what fits, and that does fit", () => {

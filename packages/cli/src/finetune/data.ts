@@ -80,7 +80,11 @@ export function cutText(
   });
   const total = streams.reduce((sum, { ids }) => sum + ids.length, 0);
   const window = length + 1;
-  const held = streams.map(({ ids }) => Math.round(share * ids.length));
+  const held = streams.map(({ ids }) => {
+    const end = Math.round(share * ids.length);
+    // Of a single token nothing can be foretold.
+    return end < 2 ? 0 : end;
+  });
   const missing = window - held.reduce((sum, n) => sum + n, 0);
   if (missing > 0) {
     const largest = streams.reduce((best, { ids }, i) => (ids.length > (streams[best]?.ids.length ?? 0) ? i : best), 0);
@@ -103,10 +107,9 @@ export function cutText(
   }
   return {
     training,
-    // Of a single token nothing can be foretold.
     heldOut: parts.flatMap(({ ids, cut }) => {
       const end = ids.slice(cut);
-      if (end.length < 2) return [];
+      if (end.length === 0) return [];
       const bytes = tokenizer && bytesOf(end.subarray(1), tokenizer);
       return [{ ids: end, ...(bytes === undefined ? {} : { bytes }) }];
     }),

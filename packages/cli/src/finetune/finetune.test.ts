@@ -233,6 +233,60 @@ describe("an interrupted run", () => {
     expect(readdirSync(at("full")).sort()).toEqual(readdirSync(at("straight")).sort());
   });
 
+  test("Ctrl-C without room for a snapshot says that, not that all is well", async () => {
+    let told = "";
+    const streams = {
+      out: () => undefined,
+      error(text: string) {
+        told += text;
+        if (!/Training {2}50 %/.test(text)) return;
+        mkdirSync(join(at("crowded"), ".finetune", "state.snapshot", "x"), { recursive: true });
+        process.emit("SIGINT");
+      },
+    };
+    const args = ["finetune", olmoe, at("crowded"), "--text", at("new.txt"), ...how, ...steps];
+    expect(await main(args, { streams })).toBe(1);
+    expect(told).toMatch(/^switchyard: cannot save to .*crowded.*$/m);
+    expect(told).not.toContain("Stopped");
+    expect(existsSync(at("crowded"))).toBe(false);
+  });
+
+  test("that another process goes on with ends, and leaves everything to that one", async () => {
+    const file = at("taken", ".finetune", "run.json");
+    let told = "";
+    const streams = {
+      out: () => undefined,
+      error(text: string) {
+        told += text;
+        if (/Training {2}50 %/.test(text)) {
+          writeFileSync(file, JSON.stringify({ ...JSON.parse(readFileSync(file, "utf8")), run: "another" }));
+        }
+      },
+    };
+    const args = ["finetune", olmoe, at("taken"), "--text", at("new.txt"), ...how, ...steps];
+    expect(await main(args, { streams })).toBe(1);
+    expect(told).toContain("is no longer this one's: another process has gone on with it");
+    expect(told).not.toContain("What was trained is kept");
+    expect(readdirSync(at("taken"))).toEqual([".finetune"]);
+    expect(JSON.parse(readFileSync(file, "utf8")).run).toBe("another");
+  });
+
+  test("that was started in OUT while another one was loading stays", async () => {
+    const file = at("raced", ".finetune", "run.json");
+    let told = "";
+    const streams = {
+      out: () => undefined,
+      error(text: string) {
+        told += text;
+        if (text.includes("tokens to train on")) writeFileSync(file, '{"run":"another"}');
+      },
+    };
+    const args = ["finetune", olmoe, at("raced"), "--text", at("new.txt"), ...how, ...steps];
+    expect(await main(args, { streams })).toBe(1);
+    expect(told).toContain("holds an unfinished run: go on with switchyard finetune --resume");
+    expect(readFileSync(file, "utf8")).toBe('{"run":"another"}');
+  });
+
   test("is not resumed with another text, checkpoint or setting", async () => {
     cpSync(olmoe, at("source"), { recursive: true });
     cpSync(at("new.txt"), at("text.txt"));
@@ -264,7 +318,7 @@ describe("an interrupted run", () => {
     const streams = { out: () => undefined, error: (text: string) => void told.push(text) };
     const args = ["finetune", olmoe, at("early"), "--text", at("new.txt"), ...how, "--steps", "3"];
     expect(await main(args, { streams, signal: control.signal })).toBe(130);
-    expect(told).toEqual(["Stopped before training began; nothing is kept.\n"]);
+    expect(told).toEqual(["Stopped; nothing is kept.\n"]);
     expect(existsSync(at("early"))).toBe(false);
   });
 

@@ -75,7 +75,7 @@ export async function finetune(rest: readonly string[], options: CommandLine, st
         }
         if (outcome.status === "stopped") {
           const left = request.resume ? "the run is as it was" : "nothing is kept";
-          note(`Stopped before training began; ${left}.`);
+          note(`Stopped; ${left}.`);
         } else {
           const { steps, of } = outcome;
           note(`Saved after step ${steps} of ${of}. Continue with: switchyard finetune --resume ${request.out}`);

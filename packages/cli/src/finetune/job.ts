@@ -1,5 +1,6 @@
 // The job behind `switchyard finetune`: text, model, what of it is trained, steps, snapshots, and the tuned checkpoint measured as it was saved. It
 // only wires packages together.
+import { randomUUID } from "node:crypto";
 import { existsSync, rmSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { readText, writeWhole } from "@switchyard/bench";
@@ -25,9 +26,11 @@ import { chosenExperts, planOf } from "./plan.ts";
 import { type FinetuneResult, finetuneFile, resultOf, type Trained, trainedParts } from "./result.ts";
 import { complete, type Request, type Settings, sameSettings, shown } from "./settings.ts";
 import {
+  checkOwner,
   checksum,
   checkTarget,
   makeState,
+  NotOwner,
   readState,
   removeState,
   type State,
@@ -72,6 +75,7 @@ export async function finetuneJob(request: Request, context: JobContext): Promis
   const started = performance.now();
   const { out, asked, resume, threads } = request;
   const { signal, bar } = context;
+  const run = randomUUID();
   const earlier = resume ? readState(out) : undefined;
   if (earlier) sameSettings(asked, earlier.settings, out);
   const source = shown(earlier?.settings.source ?? asked.source ?? "");
@@ -99,6 +103,8 @@ export async function finetuneJob(request: Request, context: JobContext): Promis
     if (earlier && earlier.source !== sum) throw changed(`the checkpoint ${source}`);
     const weights = how.lora ? ("stored" as const) : ("f32" as const);
     const begin = (state: State): void => {
+      // Another run may have begun there meanwhile.
+      if (!earlier) checkTarget(source, out, request.replace);
       began = true;
       context.begin();
       writeState(out, state);
@@ -108,7 +114,8 @@ export async function finetuneJob(request: Request, context: JobContext): Promis
     };
     const done = await withModel(
       model,
-      (open) => tuneOpen(open, { request, earlier, material, named, sum, summary, elapsed, begin, saved }, context),
+      (open) =>
+        tuneOpen(open, { request, run, earlier, material, named, sum, summary, elapsed, begin, saved }, context),
       { weights },
     );
     if ("status" in done) return done;
@@ -124,15 +131,16 @@ export async function finetuneJob(request: Request, context: JobContext): Promis
     // That of an earlier tuning, which came along with the checkpoint.
     else rmSync(join(out, "expert_cfg.json"), { force: true });
     writeWhole(join(out, finetuneFile), [`${JSON.stringify(result, null, 2)}\n`]);
-    removeState(out, false);
+    removeState(out, run, false);
     return { status: "complete", result };
   } catch (error) {
     bar.end();
-    if (began && (latest === undefined || error instanceof NotFinite)) {
-      removeState(out, fresh);
+    if (began && (latest === undefined || error instanceof NotFinite || error instanceof NotOwner)) {
+      removeState(out, run, fresh);
       latest = undefined;
     }
-    if (!signal.aborted) {
+    // What fails while a run is stopped, such as its last snapshot, is told.
+    if (!signal.aborted || error !== signal.reason) {
       if (latest !== undefined) {
         context.note(`What was trained is kept. Continue with: switchyard finetune --resume ${out}`);
       }
@@ -140,7 +148,7 @@ export async function finetuneJob(request: Request, context: JobContext): Promis
     }
     return latest === undefined ? { status: "stopped" } : { status: "interrupted", ...latest };
   } finally {
-    if (!began && !earlier) removeState(out, fresh);
+    if (!began && !earlier) removeState(out, run, fresh);
   }
 }
 
@@ -153,6 +161,8 @@ const stages = {
 
 interface Job {
   readonly request: Request;
+  /** Names this process in what OUT holds. */
+  readonly run: string;
   readonly earlier: State | undefined;
   readonly material: Material;
   /** By --experts. */
@@ -168,7 +178,7 @@ interface Job {
 }
 
 async function tuneOpen(open: OpenModel, job: Job, context: JobContext): Promise<Done | Outcome> {
-  const { request, earlier, material, named, sum, summary, elapsed, begin, saved } = job;
+  const { request, run: owner, earlier, material, named, sum, summary, elapsed, begin, saved } = job;
   const { out, asked } = request;
   const { note, signal } = context;
   const { model } = open;
@@ -189,8 +199,9 @@ async function tuneOpen(open: OpenModel, job: Job, context: JobContext): Promise
     trained.parts.map(({ part }) => part),
     shown(settings.source),
   );
+  const names = text.files.map(({ name }) => name);
   note(
-    `${modelName(open)} on ${text.files.map(({ name }) => name).join(", ")}: ${text.training.length} tokens to train on, ` +
+    `${modelName(open)} on ${names.length > 4 ? `${names.length} files` : names.join(", ")}: ${text.training.length} tokens to train on, ` +
       `${text.files.reduce((n, { heldOut }) => n + heldOut, 0)} held out`,
   );
   const measured = performance.now();
@@ -221,6 +232,7 @@ async function tuneOpen(open: OpenModel, job: Job, context: JobContext): Promise
     const created = earlier?.created ?? new Date().toISOString();
     const state = (): State => ({
       schema: "switchyard/finetune-state/1",
+      run: owner,
       settings,
       steps,
       text: material.sha256,
@@ -237,6 +249,7 @@ async function tuneOpen(open: OpenModel, job: Job, context: JobContext): Promise
         `held-out loss ${before.loss.toFixed(4)}`,
     );
     const save = async (): Promise<void> => {
+      checkOwner(out, owner);
       await writeSnapshot(snapshotPath(out), await run.snapshot());
       saved(run.steps, steps);
       writeState(out, state());
@@ -248,6 +261,7 @@ async function tuneOpen(open: OpenModel, job: Job, context: JobContext): Promise
     }
     // What was trained then outlives a failure to save the checkpoint.
     await orNote(save, context);
+    checkOwner(out, owner);
     const changed = changedParameters(plan.model, run.params, run.buffers);
     try {
       const certificate = await saveTuned(settings.source, out, changed, {

@@ -1,5 +1,5 @@
 // What a fine-tuning run tells: finetune.json, and the lines for people.
-import type { Tree } from "@switchyard/core";
+import type { Tensor, Tree } from "@switchyard/core";
 import { leaves } from "@switchyard/core";
 import type { ExpertConfig, StepReport } from "@switchyard/core/train";
 import {
@@ -39,7 +39,12 @@ export function trainedParts(
 ): Trained {
   const found = new Map<TuningPart, { tensors: number; parameters: number }>();
   const tensors: string[] = [];
-  for (const [path, { size, shape }] of leaves(params)) {
+  const seen = new Set<Tensor>();
+  for (const [path, x] of leaves(params)) {
+    // What layers share is one parameter.
+    if (seen.has(x)) continue;
+    seen.add(x);
+    const { size, shape } = x;
     const part = partOf(path);
     const chosen = experts && part === "experts" ? experts.experts[layerOf(path) ?? ""] : undefined;
     const share = chosen ? chosen.length / (shape[0] ?? 1) : 1;

@@ -32,6 +32,8 @@ export const measuredSchema: v.GenericSchema<Measured> = v.object({
 /** The file `run.json` of an unfinished run. */
 export interface State {
   readonly schema: "switchyard/finetune-state/1";
+  /** Of the process that is at work on it, or was the last to be. */
+  readonly run: string;
   readonly settings: Settings;
   /** Steps of the run: measured once where a time was given, then fixed. */
   readonly steps: number;
@@ -48,6 +50,7 @@ export interface State {
 
 const stateSchema: v.GenericSchema<State> = v.object({
   schema: v.literal("switchyard/finetune-state/1"),
+  run: v.string(),
   settings: settingsSchema,
   steps: v.pipe(v.number(), v.integer(), v.minValue(1)),
   text: v.string(),
@@ -85,8 +88,29 @@ export const makeState = (out: string): void => writableFolder(join(out, name));
 export const writeState = (out: string, state: State): void =>
   writeWhole(runPath(out), [`${JSON.stringify(state, null, 2)}\n`]);
 
-/** Removes the unfinished run, and OUT with it where `fresh` says that it was made for the run and nothing else is there. */
-export function removeState(out: string, fresh: boolean): void {
+/** The process whose run OUT holds; undefined where it holds none. */
+function owner(out: string): string | undefined {
+  const file = runPath(out);
+  return existsSync(file) ? parseJson(v.object({ run: v.string() }), readText(file), file).run : undefined;
+}
+
+/** The run was taken over. */
+export class NotOwner extends UnsupportedError {}
+
+/** @throws NotOwner where another process has meanwhile gone on with the run, which would save over what this one saves. */
+export function checkOwner(out: string, run: string): void {
+  if (owner(out) === run) return;
+  throw new NotOwner(
+    `the run in ${out} is no longer this one's: another process has gone on with it, or ${join(out, name)} was deleted; this one ends`,
+  );
+}
+
+/**
+ * Removes the unfinished run, and OUT with it where `fresh` says that it was made for the run and nothing else is there; leaves that of
+ * another process.
+ */
+export function removeState(out: string, run: string, fresh: boolean): void {
+  if ((owner(out) ?? run) !== run) return;
   rmSync(join(out, name), { recursive: true, force: true });
   if (fresh && existsSync(out) && readdirSync(out).length === 0) rmdirSync(out);
 }

@@ -1,6 +1,6 @@
 // The steps of a fine-tuning run: how many fit into a time, the rate they learn at, and taking them.
 import { stepsThatFit } from "@switchyard/bench";
-import { CheckpointError, UnsupportedError } from "@switchyard/core";
+import { CheckpointError, DeviceError, UnsupportedError } from "@switchyard/core";
 import { cosineDecay, type Schedule, type Trainer, warmUp } from "@switchyard/core/train";
 import type { TextBatch } from "@switchyard/models";
 import type { JobContext } from "./context.ts";
@@ -14,11 +14,18 @@ export class NotFinite extends UnsupportedError {}
 export const rateOf = (steps: number): Schedule =>
   warmUp(Math.max(1, Math.round(0.05 * steps)), cosineDecay({ final: 0.1 }));
 
-/** Lets a step's failure to stay finite say what to do about it. */
-async function finite<T>(settings: Settings, act: () => Promise<T>): Promise<T> {
+/** Lets steps that do not stay finite, or do not fit into memory, say what to do about it. */
+async function mendable<T>(settings: Settings, act: () => Promise<T>): Promise<T> {
   try {
     return await act();
   } catch (cause) {
+    if (DeviceError.isInstance(cause) && /out of memory/i.test(cause.message)) {
+      const [reason = ""] = cause.message.split(". ");
+      throw new UnsupportedError(
+        `a step of ${settings.rows} x ${settings.length} tokens does not fit (${reason}); fewer --rows or a shorter --length need less`,
+        { cause },
+      );
+    }
     const [, step] = (cause instanceof Error && /^step (\d+) is not finite/.exec(cause.message)) || [];
     if (step === undefined) throw cause;
     const lower = Number((settings.learningRate / 10).toPrecision(1));
@@ -49,7 +56,7 @@ export async function measuredSteps(
   const seconds: number[] = [];
   // The first steps are slower than the others.
   for (let i = 0; i < 6 && !signal.aborted; i++) {
-    const { seconds: took } = await finite(settings, () => run.step());
+    const { seconds: took } = await mendable(settings, () => run.step());
     if (i > 0) seconds.push(took);
     await new Promise((done) => setTimeout(done, 0));
   }
@@ -81,7 +88,7 @@ export async function orNote(save: () => Promise<void>, { note }: JobContext): P
 
 /** Takes the steps that are left, saving now and then. */
 export async function train(
-  run: Trainer<TextBatch>,
+  run: Pick<Trainer<TextBatch>, "run">,
   job: {
     readonly steps: number;
     readonly settings: Settings;
@@ -96,7 +103,7 @@ export async function train(
   // Running means: single batches and steps scatter.
   let pace = 0;
   let shown: number | undefined;
-  const status = await finite(settings, () =>
+  const status = await mendable(settings, () =>
     run.run({
       until: steps,
       signal,

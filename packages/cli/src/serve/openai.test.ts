@@ -164,6 +164,24 @@ test("throws the errors that it has for them", async () => {
   expect(await error(client.chat.completions.create({ ...chat, tools: [tool] }))).toMatchObject({ param: "tools" });
 });
 
+test("throws where a stream cannot go on, and where a server is full", async () => {
+  const ending = await testServer(join(root, "small"), { parallel: 1, queue: 0 });
+  const other = new OpenAI({ baseURL: `${ending.url}/v1`, apiKey: "none", maxRetries: 0 });
+  const body = { model: "small", prompt: "A whale", max_tokens: 55, temperature: 0, ignore_eos: true };
+  const stream = await other.completions.create({ ...body, stream: true as const });
+  await expect(other.completions.create(body)).rejects.toMatchObject({ status: 503, code: "overloaded" });
+  const read = async (): Promise<void> => {
+    for await (const _ of stream) await ending.stop(0);
+  };
+  const thrown = await read().then(
+    () => undefined,
+    (error: unknown) => error,
+  );
+  expect(thrown).toBeInstanceOf(APIError);
+  expect(thrown).toMatchObject({ code: "stopping", type: "server_error" });
+  await ending.open.close();
+});
+
 test("fields of our own pass through the client", async () => {
   const body = { ...chat, strategy: { name: "selfContrast", beta: 0.3 }, routing: true, temperature: null };
   const { choices } = await client.chat.completions.create(body);

@@ -6,7 +6,7 @@ import type { DecodingModel } from "./strategy.ts";
 export interface PrefixCacheOptions {
   /** Texts that are kept, of which those unused for longest go first; default 1, for one conversation. */
   readonly texts?: number;
-  /** Bytes that they may have together; default: no limit. */
+  /** Bytes that they may have together; default: no limit. wasm sets up to half more aside, so that texts can grow in place. */
   readonly bytes?: number;
 }
 
