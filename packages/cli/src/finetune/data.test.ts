@@ -26,6 +26,12 @@ test("the end of each text is held out, the rest is one stream", () => {
   ]);
 });
 
+test("an id that the model does not have is named with its file", () => {
+  const ids = (last: number): Material => material(count(0, 20), [...count(0, 20), last]);
+  expect(cutText(ids(999), how).files).toHaveLength(2);
+  expect(() => cutText(ids(1000), how)).toThrow("file 1: id 1000 is not in the model's vocabulary of 1000");
+});
+
 test("of short texts a whole window is held out, at the end of the longest one", () => {
   const { training, heldOut } = cutText(material(count(0, 3), count(10, 30)), how);
   expect(Array.from(training)).toEqual([...count(0, 3), ...count(10, 25)]);

@@ -1,7 +1,7 @@
 // The job behind `switchyard finetune`: text, model, what of it is trained, steps, snapshots, and the tuned checkpoint measured as it was saved. It
 // only wires packages together.
 import { randomUUID } from "node:crypto";
-import { existsSync, rmSync } from "node:fs";
+import { existsSync, rmSync, statSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { readText, writeWhole } from "@switchyard/bench";
 import { UnsupportedError } from "@switchyard/core";
@@ -16,7 +16,7 @@ import {
 } from "@switchyard/core/train";
 import { type CheckpointSummary, readSnapshot, writeSnapshot } from "@switchyard/models";
 import { changedParameters, saveTuned, type TunedCertificate, type TunedProgress } from "@switchyard/models/tuning";
-import { shownBytes } from "../arguments.ts";
+import { count, shownBytes } from "../arguments.ts";
 import { type ModelArguments, modelName, needTokenizer, type OpenModel, withModel } from "../model-arguments.ts";
 import { summaryOf } from "../recording.ts";
 import { type JobContext, measure } from "./context.ts";
@@ -90,6 +90,9 @@ export async function finetuneJob(request: Request, context: JobContext): Promis
   const changed = (what: string): UnsupportedError =>
     new UnsupportedError(`--resume: ${what} has changed since the run in ${out} was started; start a new run`);
   if (earlier && earlier.text !== material.sha256) throw changed("the text");
+  if (earlier?.experts && named && writeExpertConfig(named) !== writeExpertConfig(earlier.experts)) {
+    throw changed(shown(asked.experts ?? ""));
+  }
   const elapsed = (): number => (earlier?.seconds ?? 0) + (performance.now() - started) / 1000;
   /** From then on OUT holds something of this run. */
   let began = false;
@@ -129,7 +132,9 @@ export async function finetuneJob(request: Request, context: JobContext): Promis
     const result = resultOf({ ...done, target: resolve(out), after, seconds: elapsed(), threads });
     if (state.experts) writeWhole(join(out, "expert_cfg.json"), [writeExpertConfig(state.experts)]);
     // That of an earlier tuning, which came along with the checkpoint.
-    else rmSync(join(out, "expert_cfg.json"), { force: true });
+    else if (statSync(join(out, "expert_cfg.json"), { throwIfNoEntry: false })?.isFile()) {
+      rmSync(join(out, "expert_cfg.json"));
+    }
     writeWhole(join(out, finetuneFile), [`${JSON.stringify(result, null, 2)}\n`]);
     removeState(out, run, false);
     return { status: "complete", result };
@@ -245,7 +250,7 @@ async function tuneOpen(open: OpenModel, job: Job, context: JobContext): Promise
     begin(state());
     const rounds = steps / stepsOfEpoch(text.training.length, settings);
     note(
-      `${steps} steps of ${settings.rows} x ${length} tokens, ${rounds.toFixed(rounds < 10 ? 1 : 0)} times through the text; ` +
+      `${count(steps, "step")} of ${settings.rows} x ${length} tokens, ${rounds.toFixed(rounds < 10 ? 1 : 0)} times through the text; ` +
         `held-out loss ${before.loss.toFixed(4)}`,
     );
     const save = async (): Promise<void> => {

@@ -119,21 +119,23 @@ export interface Settings {
   readonly followLinks: boolean;
 }
 
+const whole = v.pipe(v.number(), v.integer(), v.minValue(1));
+
 export const settingsSchema: v.GenericSchema<Settings> = v.object({
   source: v.string(),
   text: v.exactOptional(v.array(v.string())),
   ids: v.exactOptional(v.string()),
   lora: v.exactOptional(v.array(v.picklist(tuningParts))),
-  rank: v.exactOptional(v.number()),
+  rank: v.exactOptional(whole),
   alpha: v.exactOptional(v.number()),
   esft: v.exactOptional(v.number()),
   esftBy: v.exactOptional(v.picklist(esftKinds)),
   experts: v.exactOptional(v.string()),
-  steps: v.exactOptional(v.number()),
+  steps: v.exactOptional(whole),
   time: v.exactOptional(v.number()),
   learningRate: v.number(),
-  rows: v.number(),
-  length: v.number(),
+  rows: whole,
+  length: whole,
   holdOut: v.number(),
   seed: v.number(),
   backend: v.picklist(backendNames),

@@ -140,6 +140,45 @@ describe("low-rank maps in float64", () => {
     dispose([model.params, ...model.buffers, ...adaptersOf(adapted)]);
   });
 
+  it.each(["mixtral", "deepseek_v2", "jetmoe"])(
+    "%s: of full rank it learns what the matrix itself would",
+    async (name) => {
+      const on = makeEngine(64);
+      const model = await familyModel(name, on);
+      const fresh = withLora(model, { parts: adaptable(model), rank: 64, alpha: 64, random: random(on, 2) });
+      // A is the identity, so that B is the change of the matrix, and has its gradient.
+      const ones = Object.fromEntries(
+        leaves(fresh.params).flatMap(([path, { shape, size }]) => {
+          if (!isLora(path) || !path.endsWith(".a")) return [];
+          const inner = shape.at(-1) ?? 0;
+          expect(inner).toBeLessThanOrEqual(64);
+          const values = Float64Array.from({ length: size }, (_, i) =>
+            Number(Math.floor(i / inner) % 64 === i % inner),
+          );
+          return [[path, on.tensor(values, shape)]];
+        }),
+      );
+      const adapted = tuned(fresh, ones);
+      const step = async (start: LanguageModel, trains: (path: string) => boolean) => {
+        const task = tuningTask(start, { trains, batch: () => batch });
+        const run = trainer(on, task, { optimiser: sgd({ learningRate: 0.1 }) });
+        const { loss } = await run.step();
+        return { loss, after: tuned(start, run.params) };
+      };
+      const low = await step(adapted, (path) => isLora(path) && path.endsWith(".b"));
+      const sums = mergedLora(low.after);
+      const before = await contents(model.params);
+      const whole = await step(model, (path) => sums.has(path));
+      const after = await contents(whole.after.params);
+      expect(low.loss).toBeCloseTo(whole.loss, 12);
+      for (const [path, sum] of sums) {
+        const found = Array.from(await sum.data());
+        expect(apart(found, after.get(path) ?? []), path).toBeLessThan(1e-12);
+        expect(apart(found, before.get(path) ?? []), path).toBeGreaterThan(0);
+      }
+    },
+  );
+
   it("draws A within 1/sqrt(in), B zero, and by the path", async () => {
     const model = await familyModel("mixtral", on);
     const adapted = withLora(model, { parts: ["experts"], rank: 2, random: random(on, 9) });

@@ -39,7 +39,7 @@ import { transformer } from "../transformer.ts";
 import { compare, compareHeaders } from "./compare.ts";
 import { withLora } from "./lora.ts";
 import { isLora } from "./parts.ts";
-import { patchesOf } from "./patches.ts";
+import { bytesOfRows, chunksOf, patched, patchesOf } from "./patches.ts";
 import { type SaveTunedOptions, saveTuned, type TunedProgress } from "./save-tuned.ts";
 import { changedParameters, tuned, tuningTask } from "./task.ts";
 
@@ -339,6 +339,12 @@ it("what layers share is trained as one, by itself and by an adapter, and saved 
     await again.close();
     for (const x of changed.values()) x.dispose();
   }
+  const { model, close } = await loadModel(path("in"), { engine: on, routers: sharing });
+  const half = { trains: (at: string) => at.startsWith("layers.1."), batch };
+  expect(() => tuningTask(model, half)).toThrow(
+    /"layers\.1\.moe\.router\.cell\S+" and "layers\.0\.moe\.router\.cell\S+" are one tensor, .* train both or neither/,
+  );
+  await close();
 });
 
 /** Doubles are made of one file. */
@@ -537,6 +543,47 @@ it("notices every byte that is not what it must be", async () => {
   fresh.dispose();
 });
 
+it.each([
+  // gate and up alternate, and every matrix is transposed
+  ["gpt_oss", "layers.1.moe.experts.gateUp"],
+  ["gpt_oss", "layers.1.moe.experts.gateUpBias"],
+  // gate, then up
+  ["granitemoe", "layers.1.moe.experts.gateUp"],
+  ["qwen3_moe", "layers.1.moe.experts.gateUp"],
+])("rows of %s's %s that are written a few at a time are those that are written at once", async (name, at) => {
+  const folder = fixture(name);
+  const { shape, data } = moved((await valuesOf(folder)).get(at) as Values);
+  const fresh = on.tensor(data, shape);
+  const checkpoint = await openCheckpoint(folder);
+  const origin = await readOrigin(folder, await folderFiles(folder), checkpoint);
+  const { patches } = patchesOf(origin, describeCheckpoint(checkpoint, {}), new Map([[at, fresh]]));
+  expect(patches.size).toBeGreaterThan(0);
+  for (const patch of patches.values()) {
+    const { rows, transposed } = patch;
+    const read = async (chunk: readonly [number, number]): Promise<number[]> =>
+      Array.from((await patched(checkpoint, patch, { entry: 0, chunk })).bytes);
+    const whole = await read([0, rows]);
+    // Columns of a transposed matrix are rows of the file only all together.
+    const step = transposed ? rows : 3;
+    const parts: number[] = [];
+    for (let from = 0; from < rows; from += step) parts.push(...(await read([from, Math.min(rows, from + step)])));
+    expect(parts).toEqual(whole);
+    expect(whole).not.toEqual(Array.from(await checkpoint.read(patch.tensor.name, bytesOfRows(patch, 0, [0, rows]))));
+    // Of long rows few are in memory at once.
+    const long = { ...patch, rows: 5, inner: 1 << 21 };
+    const spans = transposed
+      ? [[0, 5]]
+      : [
+          [0, 2],
+          [2, 4],
+          [4, 5],
+        ];
+    expect([...chunksOf(long)]).toEqual(spans);
+  }
+  await checkpoint.close();
+  fresh.dispose();
+});
+
 describe("refuses", () => {
   const norm = (data: Float32Array): Map<string, Values> => new Map([["norm", { shape: [data.length], data }]]);
   const normOf = async (folder: string): Promise<Values> => (await valuesOf(folder)).get("norm") as Values;
@@ -586,19 +633,27 @@ describe("refuses", () => {
     const source = fixture("mixtral");
     await cp(source, path("in"), { recursive: true });
     await symlink(path("in"), path("link"));
+    await mkdir(path("in", "deeper"));
+    await symlink(path("in", "deeper"), path("deep-link"));
     for (const [target, message] of [
       [path("in"), /is the source folder itself/],
       [path("link"), /is the source folder itself/],
       [path("in", "tuned"), /cannot tune .*lies in the source folder/],
       [path("link", "a", "b"), /lies in the source folder/],
+      [path("deep-link", "a"), /lies in the source folder/],
     ] as const)
       await expect(saveTuned(path("in"), target, new Map())).rejects.toThrow(message);
+    await rm(path("in", "deeper"), { recursive: true });
     await mkdir(path("out"));
     await writeFile(path("out", "notes.txt"), "mine");
     const values = norm((await normOf(source)).data.map((x) => x + 1));
     await expect(save(source, path("out"), values)).rejects.toThrow(/is not empty: it holds "notes\.txt"/);
     expect(await readdir(path("out"))).toEqual(["notes.txt"]);
+    // What belongs to the checkpoint that is replaced would be read together with the new one.
+    await writeFile(path("out", "model.safetensors.index.json"), "{}");
+    await writeFile(path("out", "model-00001-of-00002.safetensors"), "old");
     await save(source, path("out"), values, { replace: true });
+    expect((await readdir(path("out"))).sort()).toEqual([...(await readdir(source)), "notes.txt"].sort());
     expect(await readFile(path("out", "notes.txt"), "utf8")).toBe("mine");
     expect((await normOf(path("out"))).data).toEqual(values.get("norm")?.data);
     await expectCopies(source, path("in"));

@@ -104,6 +104,10 @@ describe("what is trained", () => {
       const moved = [...(await contents(after.buffers as Tree))].filter(
         ([path, x]) => `${x}` !== `${before.get(path)}`,
       );
+      // Buffers that are the model's own did not change.
+      const trained = changedParameters(model, run.params);
+      expect([...trained.keys()].filter((path) => path.includes(".buffers."))).toEqual([]);
+      dispose([...trained.values()]);
       const changed = changedParameters(model, run.params, run.buffers);
       const buffers = [...changed.keys()].filter((path) => path.includes(".buffers."));
       dispose([...changed.values()]);

@@ -35,7 +35,8 @@ export interface TuningOptions {
  * moments and snapshots hold nothing else. The trainer takes these leaves over, and the buffers of routers that change them; all other tensors
  * stay the model's, and are not touched. Afterwards: `tuned(model, trainer.params, trainer.buffers)`.
  *
- * @throws UnsupportedError where nothing is trained, for a trained leaf that is not f32, and for streamed experts.
+ * @throws UnsupportedError where nothing is trained, for a trained leaf that is not f32, for one of two paths of a tensor that layers
+ * share, and for streamed experts.
  * @example
  * const task = tuningTask(model, { trains: (path) => partOf(path) === "experts", ...randomWindows(ids, { batch: 4, sequence: 128, random }) });
  * const run = trainer(engine, task, { optimiser: adamw({ learningRate: 1e-5 }), clip: 1 });
@@ -48,7 +49,8 @@ export function tuningTask(model: LanguageModel, options: TuningOptions): Task<T
         "a backend that holds it",
     );
   }
-  const trained = leaves(model.params).filter(([path]) => trains(path));
+  const all = leaves(model.params);
+  const trained = all.filter(([path]) => trains(path));
   if (trained.length === 0) {
     throw new UnsupportedError(
       "tuningTask: no parameter is trained; `trains` must be true for some path of leaves(model.params)",
@@ -60,6 +62,15 @@ export function tuningTask(model: LanguageModel, options: TuningOptions): Task<T
     throw new UnsupportedError(
       `tuningTask: "${path}" is ${x.dtype} [${x.shape}], and only f32 can be trained; load the model with weights: "f32", or train ` +
         "adapters beside it with withLora",
+    );
+  }
+  // Half of it would move away from the other half, and a file holds it once.
+  const frozen = new Map(all.flatMap(([path, x]) => (trains(path) ? [] : [[x, path] as const])));
+  const torn = trained.find(([, x]) => frozen.has(x));
+  if (torn) {
+    const [path, x] = torn;
+    throw new UnsupportedError(
+      `tuningTask: "${path}" and "${frozen.get(x)}" are one tensor, which layers share; train both or neither`,
     );
   }
   const inner = languageModelTask(model, { batch: options.batch });
