@@ -193,14 +193,14 @@ function ratios({ readings, loadings }: StreamingReport, of: keyof Spent): Summa
   return summarise(all.length > 1 ? all.slice(1) : all);
 }
 
-/** Loading is called dominated by reading where it takes at most so many times as long: reading is then most of it. */
-const mostOfReading = 1.6;
+/** Loading is called dominated by reading where it takes at most so many times as long: reading is then more than half of it. */
+const mostOfReading = 2;
 /** From so many bytes on: a model of a few megabytes is read in less time than it takes to look at its headers. */
 const worthReading = 5e7;
 
 /**
  * Reports of one model as a table: tokens per second, and below it how often experts were there, bytes per token, the peak over the
- * bound (at most 300 MB) and loading against reading (at most 1.6 times, where 50 MB or more are read).
+ * bound (at most 300 MB) and loading against reading (at most twice, where 50 MB or more are read).
  * @throws RangeError without reports or loadings, or when they did not make the same tokens.
  */
 export function streamingTable(
