@@ -116,6 +116,11 @@ test.each<[string, string[], () => Parameters<typeof generate>[1]["strategy"]]>(
   ],
   [
     "selfContrast",
+    ["--beta", "2", "--weak-rank", "random"],
+    () => decodingStrategies.selfContrast({ beta: 2, weak: { random: 0 } }),
+  ],
+  [
+    "selfContrast",
     ["--draw", "--strong-experts", "3"],
     () => decodingStrategies.selfContrast({ sample: true, strong: { k: 3 } }),
   ],

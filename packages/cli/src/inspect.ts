@@ -6,7 +6,7 @@ import { shortCount, traceFindings, troubledExperts } from "@switchyard/bench";
 import { UnsupportedError } from "@switchyard/core";
 import { analyseTrace, type CheckpointSummary, type TraceAnalysis } from "@switchyard/models";
 import { type ArgsDef, defineCommand } from "citty";
-import { readArguments, shownBytes, table } from "./arguments.ts";
+import { count, readArguments, shownBytes, table } from "./arguments.ts";
 import { interruptible } from "./interrupt.ts";
 import type { CommandLine } from "./main.ts";
 import { modelArgs, modelArguments, withModel } from "./model-arguments.ts";
@@ -71,7 +71,7 @@ function summaryText(folder: string, summary: CheckpointSummary): string {
     part.types.join(" "),
   ]);
   return [
-    `${folder} (${modelType}): ${layers} layers, width ${width}, vocabulary ${vocabulary}, context ${context}`,
+    `${folder} (${modelType}): ${count(layers, "layer")}, width ${width}, vocabulary ${vocabulary}, context ${context}`,
     "",
     ...architecture,
     "",

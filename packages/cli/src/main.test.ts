@@ -92,7 +92,7 @@ describe("train", () => {
   });
 
   test("shows the progress of every run and what was passed over", () => {
-    expect(whole.error).toContain("letters 0.01 MB (1 files without text passed over)");
+    expect(whole.error).toContain("letters 0.01 MB (1 file without text passed over)");
     expect(whole.error).toMatch(/1\/3 topK seed 1 {2}step \d+\/12 {2}loss \d\.\d+ {2}\d+ tokens\/s {2}\d+s left/);
     expect(whole.error).toMatch(/3\/3 reMoE seed 1 {2}step 12\/12/);
   });

@@ -43,7 +43,7 @@ export const strategyArgs = {
   beta: { type: "string", description: "How far to move away from the weak logits", valueHint: "X" },
   "weak-rank": {
     type: "string",
-    description: "The expert that the weak pass uses alone, 1 being the best",
+    description: "The expert that the weak pass uses alone, 1 being the best; random: any, drawn for every token",
     valueHint: "N",
   },
   "strong-experts": {
@@ -170,7 +170,9 @@ export function chosenStrategy(given: Given): ChosenStrategy {
     selfContrast() {
       const k = whole("strong-experts");
       const strong = k === undefined ? undefined : { k };
-      return decodingStrategies.selfContrast({ ...contrast, ...defined({ weakRank: whole("weak-rank"), strong }) });
+      const weak =
+        given.text("weak-rank") === "random" ? { weak: { random: 0 } } : defined({ weakRank: whole("weak-rank") });
+      return decodingStrategies.selfContrast({ ...contrast, ...weak, ...defined({ strong }) });
     },
     contrastive(amateur) {
       if (!amateur) throw new UnsupportedError("--strategy contrastive needs --amateur DIR, a smaller model");

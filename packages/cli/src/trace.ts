@@ -20,7 +20,7 @@ import {
   traceTokens,
 } from "@switchyard/models";
 import { type ArgsDef, defineCommand } from "citty";
-import { exactly, readArguments, shownBytes, table } from "./arguments.ts";
+import { count, exactly, readArguments, shownBytes, table } from "./arguments.ts";
 import { interruptible } from "./interrupt.ts";
 import type { CommandLine } from "./main.ts";
 import { modelArgs, modelArguments, modelName, withModel } from "./model-arguments.ts";
@@ -166,7 +166,7 @@ export async function trace(rest: readonly string[], options: CommandLine, strea
         streams.out(
           `${JSON.stringify({ schema: "switchyard/trace/1", file: path, model, complete, tokens, layers, bytes })}\n`,
         );
-      } else streams.out(`${model}: ${tokens} tokens, ${shownBytes(bytes)} in ${path}\n`);
+      } else streams.out(`${model}: ${count(tokens, "token")}, ${shownBytes(bytes)} in ${path}\n`);
       if (!complete)
         streams.error(`Stopped after ${Math.floor((100 * tokens) / total)} %; what was recorded is kept.\n`);
       return complete ? 0 : 130;

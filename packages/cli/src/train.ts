@@ -45,6 +45,7 @@ import {
   transformer,
   writeSnapshot,
 } from "@switchyard/models";
+import { count } from "./arguments.ts";
 import { openBackend } from "./backends.ts";
 import { type RunFile, type RunSettings, runFileSchema, type TrainArgs } from "./options.ts";
 import { probeTraces } from "./probe-traces.ts";
@@ -332,7 +333,8 @@ async function inFolder(args: TrainArgs, context: TrainContext, job: Job): Promi
         extras: extrasOf(prepared, { sampleTokens }),
       });
     }
-    display.note(`${routers.length * seeds.length} runs of ${steps} steps, ${size.rows} x ${size.length} tokens each`);
+    const each = `${count(steps, "step")}, ${size.rows} x ${size.length} tokens each`;
+    display.note(`${count(routers.length * seeds.length, "run")} of ${each}`);
     const plugins = Object.fromEntries(routers.flatMap(({ label, digest }) => (digest ? [[label, digest]] : [])));
     const runFile = (): RunFile => ({
       schema: "switchyard/run/1",
@@ -408,7 +410,7 @@ function describe({ corpora, domains, routers, settings }: Job): string {
   const parts = domains.map(({ name, training, validation }, i) => {
     const bytes = [...training, ...validation].reduce((sum, block) => sum + block.length, 0);
     const skipped = corpora[i]?.skipped ?? 0;
-    return `${name} ${(bytes / 1e6).toFixed(2)} MB${skipped > 0 ? ` (${skipped} files without text passed over)` : ""}`;
+    return `${name} ${(bytes / 1e6).toFixed(2)} MB${skipped > 0 ? ` (${count(skipped, "file")} without text passed over)` : ""}`;
   });
   return `Text: ${parts.join(", ")}\nRouters: ${routers.map(({ label }) => label).join(", ")}; size ${settings.size}`;
 }

@@ -247,6 +247,46 @@ describe("rows of one batch", () => {
   });
 });
 
+describe("random experts", () => {
+  const tokens = 600;
+  const rules = softmaxRules(tokens, { normalised: false });
+  test("are drawn evenly, token by token, with weight 1 where one is", async () => {
+    const found = (await pairs(planned(rules, [{ random: 1 }]))).map((line) => line[0] ?? ([-1, 0] as const));
+    const counts = new Array<number>(experts).fill(0);
+    for (const [expert = -1, weight] of found) {
+      counts[expert] = (counts[expert] ?? 0) + 1;
+      expect(weight).toBe(1);
+    }
+    // 100 of each are expected, with a standard deviation of 9.
+    for (const count of counts) expect(Math.abs(count - tokens / experts)).toBeLessThan(40);
+    const [again, other] = [planned(rules, [{ random: 1 }]), planned(rules, [{ random: 2 }])];
+    expect((await pairs(again)).map((line) => line[0])).toEqual(found);
+    expect((await pairs(other)).map((line) => line[0])).not.toEqual(found);
+  });
+  test("several differ, share a weight of 1, and keep to what can be taken", async () => {
+    const order = rules.order.map((row) => row.map((x, i) => (i === 5 ? Number.NEGATIVE_INFINITY : x)));
+    const plan = planned({ ...rules, order, reachable: 5 }, [{ random: 1, k: 3, masked: [0], forced: [2] }]);
+    for (const [t, line] of (await pairs(plan)).entries()) {
+      const taken = line.map(([expert]) => expert);
+      expect([new Set(taken).size, taken[0]]).toEqual([3, 2]);
+      expect(taken.some((expert) => expert === 0 || expert === 5)).toBe(false);
+      const raw = taken.map((expert) => Math.exp(rules.logWeights[t]?.[expert] ?? Number.NaN));
+      const total = raw.reduce((sum, w) => sum + w, 0);
+      close(
+        line.map(([, weight]) => weight),
+        raw.map((w) => w / total),
+      );
+    }
+  });
+  test("contradict ranks and thresholds, and need a whole number", () => {
+    const refuse = (rule: RoutingOverride) => expect(() => planned(softmaxRules(2, {}), [rule]));
+    refuse({ random: 1, ranks: [1] }).toThrow(/and random would say it again/);
+    refuse({ random: 1, threshold: 0.5 }).toThrow(/random and a threshold exclude/);
+    refuse({ random: 0.5 }).toThrow(/random = 0.5; expected a whole number/);
+    refuse({ random: 1, k: 7 }).toThrow(/k = 7, but only 6 of 6/);
+  });
+});
+
 describe("refused are", () => {
   const refuse = (rule: RoutingOverride, more: Partial<Rules> = {}) =>
     expect(() => planned(softmaxRules(2, more), [rule]));

@@ -1,4 +1,4 @@
-// Routing overrides (RoutingOverride): other ranks, another k, a threshold, masked or forced experts for single rows of the batch, as
+// Routing overrides (RoutingOverride): other ranks, another k, a threshold, random, masked or forced experts for single rows of the batch, as
 // self-contrast decoding (2405.14507, section 3) routes a strong and a weak pass at once. A router says how its scores order and weigh
 // experts; the plan follows from that on the device. What an override asks for is checked here, before anything runs.
 import { ShapeError, UnsupportedError } from "../errors.ts";
@@ -117,6 +117,13 @@ export function overridePlan(own: SparsePlan, input: RouterInput, ranking: () =>
     );
 
   let ranked = bySequence(order); // [batch, sequence, experts]
+  if (some((row) => row.random !== undefined)) {
+    const drawing = mul(
+      perRow(1, (row) => Number(row?.random !== undefined)),
+      less(-3e38, ranked),
+    );
+    ranked = where(drawing, hostConstant(order, draws(input, rows, count), ranked.shape), ranked);
+  }
   if (some((row) => row.masked.size > 0)) {
     const masked = perRow(count, (row, e) => Number(row?.masked.has(e) ?? false));
     ranked = where(masked, Number.NEGATIVE_INFINITY, ranked);
@@ -144,7 +151,7 @@ export function overridePlan(own: SparsePlan, input: RouterInput, ranking: () =>
     kept = mul(kept, maximum(open, always));
   }
   const chosen = gatherLast(raw, ids);
-  const shared = (row: Resolved): boolean => normalised || row.threshold !== undefined;
+  const shared = (row: Resolved): boolean => normalised || row.threshold !== undefined || row.random !== undefined;
   const shares = some(shared) ? softmax(where(kept, chosen, Number.NEGATIVE_INFINITY)) : undefined;
   const plain = some((row) => !shared(row)) ? where(kept, exp(chosen), 0) : undefined;
   const mixed =
@@ -176,6 +183,19 @@ export function overridePlan(own: SparsePlan, input: RouterInput, ranking: () =>
   };
 }
 
+/** Numbers `[batch, sequence, experts]` whose order is that of random experts, for the rows that ask for them. */
+function draws(
+  { random, layout: { sequence, past }, part = "feedForward" }: RouterInput,
+  rows: readonly (Resolved | undefined)[],
+  count: number,
+): Float64Array {
+  const drawn = new Float64Array(rows.length * sequence * count);
+  for (const [row, { random: seed } = {}] of rows.entries())
+    for (let i = 0; seed !== undefined && i < sequence; i++)
+      drawn.set(random.at(part, seed, past + i).host("uniform", count), (row * sequence + i) * count);
+  return drawn;
+}
+
 /** Ids at each row's positions of the falling order: `sorted [batch, sequence, deepest]` -> `[batch, sequence, slots]`, anything in unused slots. */
 function atPositions(sorted: Tensor, rows: readonly (Resolved | undefined)[], slots: number): Tensor {
   const [batch = 0, sequence = 0, deepest = 0] = sorted.shape;
@@ -192,6 +212,7 @@ function atPositions(sorted: Tensor, rows: readonly (Resolved | undefined)[], sl
 interface Resolved {
   readonly positions: readonly number[];
   readonly threshold?: number;
+  readonly random?: number;
   readonly masked: ReadonlySet<number>;
   readonly forced: ReadonlySet<number>;
 }
@@ -204,7 +225,7 @@ interface Limits {
 }
 
 function resolve(rule: Rule, row: number, limits: Limits): Resolved {
-  const { ranks, threshold, masked = [], forced = [] } = rule;
+  const { ranks, threshold, random, masked = [], forced = [] } = rule;
   const { count, reachable } = limits;
   const place = `routing override of row ${row}`;
   const refuse = (why: string): never => {
@@ -221,7 +242,7 @@ function resolve(rule: Rule, row: number, limits: Limits): Resolved {
   const first = (n: number): number[] => Array.from({ length: n }, (_, i) => i);
 
   if (ranks !== undefined) {
-    for (const name of ["k", "threshold", "forced"] as const) {
+    for (const name of ["k", "threshold", "random", "forced"] as const) {
       if (rule[name] !== undefined)
         refuse(`ranks say which places are taken, and ${name} would say it again; leave one out`);
     }
@@ -231,7 +252,12 @@ function resolve(rule: Rule, row: number, limits: Limits): Resolved {
     if (deepest >= left) throw new ShapeError(`${place}: rank ${deepest}, but ${found}; ranks count from 0`);
     return { positions: ranks, ...sets };
   }
-  const { k = threshold === undefined ? limits.k : undefined } = rule;
+  if (random !== undefined && !Number.isSafeInteger(random))
+    throw new ShapeError(`${place}: random = ${random}; expected a whole number`);
+  if (random !== undefined && threshold !== undefined)
+    refuse("random and a threshold exclude each other; leave one out");
+  const { k = random !== undefined ? Math.max(1, forced.length) : threshold === undefined ? limits.k : undefined } =
+    rule;
   if (k !== undefined) {
     if (!Number.isInteger(k) || k < 1) throw new ShapeError(`${place}: k = ${k}; expected a whole number from 1`);
     if (forced.length > k) refuse(`${forced.length} experts are forced, and k = ${k}; raise k`);
@@ -249,7 +275,7 @@ function resolve(rule: Rule, row: number, limits: Limits): Resolved {
   if (k === undefined) {
     return refuse("this router gives each token as many experts as it needs; say k, ranks or a threshold as well");
   }
-  return { positions: first(k), ...sets };
+  return { positions: first(k), ...(random === undefined ? {} : { random }), ...sets };
 }
 
 /** Throws ShapeError unless these are different whole numbers from 0 to count - 1. */

@@ -73,6 +73,11 @@ export interface RoutingOverride {
   readonly ranks?: readonly number[];
   /** 0..1: the fewest experts whose probabilities sum to more than this, divided by their sum whatever the router does. */
   readonly threshold?: number;
+  /**
+   * Experts drawn uniformly instead of the best, `k` of them (default 1), their weights divided by their sum whatever the router does. The
+   * number is the seed: layer and position, counted with padding, say the rest, so that a cached pass draws what a whole one does.
+   */
+  readonly random?: number;
   /** Never chosen; the ranks close up. */
   readonly masked?: readonly number[];
   /** Always chosen, among the k. */

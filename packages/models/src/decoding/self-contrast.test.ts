@@ -87,6 +87,16 @@ describe("selfContrast", () => {
     }
   });
 
+  it("takes random experts as the weak routing, the same ones with a cache and without, for one seed", async () => {
+    const [prompt = []] = prompts;
+    const said = (random: number, cache: boolean) =>
+      idsOf(model, { prompt, maxNew, cache, strategy: selfContrast({ weak: { random }, beta: 2 }) });
+    const ids = await said(1, true);
+    expect(await said(1, false)).toEqual(ids);
+    const others = await Promise.all([2, 3, 4].map((seed) => said(seed, true)));
+    expect(others.some((other) => other.join() !== ids.join())).toBe(true);
+  });
+
   it("does not see a constant added to the weak logits, takes nothing implausible, and divides before it masks", async () => {
     const alpha = 0.3;
     for (let seed = 0; seed < 10; seed++) {

@@ -13,7 +13,7 @@ import { tokenByToken } from "./token-by-token.ts";
 export interface SelfContrastOptions extends ContrastOptions {
   /** The weak pass uses only the expert of this rank, counted from 1; default 2. */
   readonly weakRank?: number;
-  /** Routing of the weak pass, instead of `weakRank`. */
+  /** Routing of the weak pass, instead of `weakRank`; `{ random: 1 }` is the paper's random-1, with this seed. */
   readonly weak?: RoutingOverride;
   /** Routing of the strong pass, such as `{ k: 3 }`; default: as trained. */
   readonly strong?: RoutingOverride;
