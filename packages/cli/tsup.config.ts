@@ -1,3 +1,4 @@
 import { library } from "../../tools/tsup.ts";
 
-export default library();
+// What bin/switchyard.js runs.
+export default library({ entry: { bin: "src/bin.ts" } });
