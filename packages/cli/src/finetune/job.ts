@@ -10,20 +10,19 @@ import {
   type ExpertConfig,
   readExpertConfig,
   type Schedule,
-  type StepReport,
   trainer,
   writeExpertConfig,
 } from "@switchyard/core/train";
 import { type CheckpointSummary, readSnapshot, writeSnapshot } from "@switchyard/models";
-import { changedParameters, saveTuned, type TunedCertificate, type TunedProgress } from "@switchyard/models/tuning";
+import { changedParameters, saveTuned, type TunedProgress } from "@switchyard/models/tuning";
 import { count, shownBytes } from "../arguments.ts";
 import { type ModelArguments, modelName, needTokenizer, type OpenModel, withModel } from "../model-arguments.ts";
 import { summaryOf } from "../recording.ts";
 import { type JobContext, measure } from "./context.ts";
-import { batchesOf, cutText, type Material, readMaterial, stepsOfEpoch, type TuningText } from "./data.ts";
+import { batchesOf, cutText, type Material, readMaterial, stepsOfEpoch } from "./data.ts";
 import { checkFit, checkTypes } from "./fit.ts";
 import { chosenExperts, planOf } from "./plan.ts";
-import { type FinetuneResult, finetuneFile, resultOf, type Trained, trainedParts } from "./result.ts";
+import { type Done, type FinetuneResult, finetuneFile, resultOf, trainedParts } from "./result.ts";
 import { complete, type Request, type Settings, sameSettings, shown } from "./settings.ts";
 import {
   checkOwner,
@@ -59,16 +58,6 @@ const modelOf = (
   router: settings.router,
   followLinks: settings.followLinks,
 });
-
-/** What training leaves for after the model is closed. */
-interface Done {
-  readonly state: State;
-  readonly trained: Trained;
-  readonly history: readonly StepReport[];
-  readonly certificate: TunedCertificate;
-  readonly model: string;
-  readonly text: TuningText;
-}
 
 /** Fine-tunes. @throws the packages' errors, each one clear line. */
 export async function finetuneJob(request: Request, context: JobContext): Promise<Outcome> {

@@ -95,18 +95,24 @@ export interface FinetuneResult {
   readonly machine: Readonly<Record<string, string | number>>;
 }
 
-export function resultOf(run: {
+/** What training leaves for after the model is closed. */
+export interface Done {
   readonly state: State;
   readonly trained: Trained;
   readonly history: readonly StepReport[];
   readonly certificate: TunedCertificate;
   readonly model: string;
   readonly text: TuningText;
-  readonly target: string;
-  readonly after: Measured;
-  readonly seconds: number;
-  readonly threads: number | undefined;
-}): FinetuneResult {
+}
+
+export function resultOf(
+  run: Done & {
+    readonly target: string;
+    readonly after: Measured;
+    readonly seconds: number;
+    readonly threads: number | undefined;
+  },
+): FinetuneResult {
   const { state, trained, history, certificate, model, text, target, after, threads } = run;
   const tokens = history.reduce((sum, step) => sum + step.tokens, 0);
   const seconds = history.reduce((sum, step) => sum + step.seconds, 0);
