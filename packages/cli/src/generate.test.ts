@@ -116,8 +116,9 @@ test.each<[string, string[], () => Parameters<typeof generate>[1]["strategy"]]>(
   ],
   [
     "selfContrast",
-    ["--beta", "2", "--weak-rank", "random"],
-    () => decodingStrategies.selfContrast({ beta: 2, weak: { random: 0 } }),
+    // So far from the weak routing that another one would say other tokens.
+    ["--alpha", "0.001", "--beta", "50", "--weak-rank", "random"],
+    () => decodingStrategies.selfContrast({ alpha: 0.001, beta: 50, weak: { random: 0 } }),
   ],
   [
     "selfContrast",
